@@ -1,0 +1,64 @@
+"""What modules share: buffers that keep their precision, and the options of a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from counterpoise._core.reduction import check_reduction
+
+
+class PreciseBuffers(nn.Module):
+    """A module whose floating buffers follow ``.to(device)`` but not ``.half()``, ``.bfloat16()`` or ``.double()``.
+
+    Duals, priors and class weights are small and must not lose digits: log-weights that move by 0.001 a step stand
+    still in bfloat16. Where a device has no float64 (MPS), float32 is kept instead.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            moved = self._buffers[name]
+            if moved is None or moved.dtype == old.dtype or moved.device.type == "meta":
+                continue
+            dtype = torch.float32 if moved.device.type == "mps" else old.dtype
+            self._buffers[name] = old.to(device=moved.device, dtype=dtype)
+        return self
+
+
+class Loss(PreciseBuffers):
+    """Keeps the keyword options of a loss as attributes, and hands them back as ``**self.options``.
+
+    Every loss class is this plus one call of its function. ``reduction``, ``normalizer`` and ``sync`` are among the
+    options of every loss.
+    """
+
+    reduction: str
+    normalizer: str | float
+    sync: bool
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        check_reduction(options["reduction"], options["normalizer"])
+        self._option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword options as they stand now."""
+        return {name: getattr(self, name) for name in self._option_names}
+
+    def extra_repr(self) -> str:
+        """The options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def set_class_weight(self, class_weight: Sequence[float] | Tensor | None) -> None:
+        """Replaces the class weights (C,) of a loss that has them; what deferred re-weighting calls."""
+        if "class_weight" not in self._buffers:
+            raise ValueError(f"{type(self).__name__} takes no class_weight")
+        self.class_weight = None if class_weight is None else torch.as_tensor(class_weight)

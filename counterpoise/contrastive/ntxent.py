@@ -1,0 +1,162 @@
+r"""NT-Xent, the normalised-temperature cross-entropy of SimCLR; with a memory bank, MoCo's queue loss.
+
+.. math:: \ell_i = -\frac{z_i \cdot z_{i^+}}{\tau} + \log \sum_{a \ne i} e^{z_i \cdot z_a / \tau}
+
+over all V*N rows, i+ the same example's other view. With a bank the anchors are ``z``, the positives ``other`` and the
+negatives the bank's keys alone. With labels, examples of one label are positives of one another and their
+log-probabilities are averaged (pytorch-metric-learning instead forms a pair at a time and drops the other positives from
+the denominator).
+
+Several ranks: local rows against the keys of all ranks, gathered with gradient.
+
+Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020, eq. 1; the bank: He et
+al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020, eq. 1. lightly's form of both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from counterpoise._core import Loss, Spec, check_choice, check_number, reduce_losses, world_size
+from counterpoise.contrastive._views import Rows, all_ranks, as_rows, stack_views
+from counterpoise.contrastive.info_nce import InfoNCE, info_nce, not_self, positive_or_bank
+from counterpoise.memory import MemoryBank
+
+
+def ntxent_loss(
+    z: Tensor,
+    other: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    bank: MemoryBank | None = None,
+    temperature: float = 0.5,
+    normalize: bool = True,
+    reduction_over: str = "valid",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: str | float = "count",
+    sync: bool = True,
+) -> Tensor:
+    """NT-Xent; the formula is at the top of this file.
+
+    Args:
+        z: (N, d), or (V, N, d) several views; other: (N, d) the second view.
+        labels: (N,) class indices; None = every example is its own class.
+        bank: negatives; read, never written. Enqueue the keys after the backward pass.
+        temperature: divisor > 0.
+        normalize: to unit length first.
+        reduction_over: the mean runs over the "valid" rows (with a positive) or "all".
+        weight: (N,), of all views of an example; mask: (N,) bool, a masked example is neither anchor nor key.
+        reduction: "none" gives (V*N,), view-major, or (N,) with a bank; "mean", "sum".
+        normalizer: what "mean" divides by: "count", "weight" or a number.
+        sync: keys and denominators of all ranks, once a process group exists.
+
+    Returns:
+        (V*N,) or 0-d, at least float32. Without any positive in the batch, a zero connected to the graph.
+
+    Raises:
+        ValueError, TypeError: shapes or settings that do not fit; a bank without a second view.
+    """
+    check_number("temperature", temperature, 0, open_low=True)
+    check_choice("reduction_over", reduction_over, ("valid", "all"))
+    views = stack_views(z, other)
+    sync = sync and world_size() > 1
+    rows = as_rows(views, labels, weight, mask, normalize=normalize, sync=sync)
+    if bank is None:
+        keys, key_ids, log_weight = all_ranks(rows, sync=sync)
+        result = info_nce(
+            rows.z,
+            keys,
+            query_ids=rows.ids,
+            key_ids=key_ids,
+            candidate=not_self,
+            key_log_weight=log_weight,
+            temperature=temperature,
+        )
+    else:
+        rows, result = _against_bank(rows, views, bank, temperature)
+    counted = result.valid if reduction_over == "valid" else torch.ones_like(result.valid)
+    if rows.counted is not None:
+        counted = counted & rows.counted
+    return reduce_losses(
+        result.loss,
+        counted=counted,
+        weight=rows.weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        sync=sync,
+    )
+
+
+def _against_bank(rows: Rows, views: Tensor, bank: MemoryBank, temperature: float) -> tuple[Rows, InfoNCE]:
+    """Anchors of the first view against their second view and the bank."""
+    v, n, d = views.shape
+    if v != 2 or bank.keys.shape[1] != d:
+        raise ValueError(f"bank of width {bank.keys.shape[1]} got views {(v, n, d)}, expected two views of its width")
+    anchors = Rows(*(None if x is None else x[:n] for x in rows))  # type: ignore[arg-type]
+    of_bank = torch.stack([torch.full_like(bank.labels, -1), bank.labels], dim=1)
+    unusable = torch.where(bank.valid, 0.0, -torch.inf)
+    own = torch.zeros(n, device=unusable.device)
+    if rows.counted is not None:
+        own = torch.where(rows.counted[n:], own, -torch.inf)
+    result = info_nce(
+        anchors.z,
+        torch.cat([rows.z[n:], bank.keys.to(rows.z)]),
+        query_ids=anchors.ids,
+        key_ids=torch.cat([rows.ids[n:], of_bank]),
+        candidate=positive_or_bank,
+        key_log_weight=torch.cat([own, unusable]),
+        temperature=temperature,
+    )
+    return anchors, result
+
+
+class NTXentLoss(Loss):
+    """Module form of :func:`ntxent_loss`: ``loss(view1, view2)``, ``loss(embeddings, labels=labels)`` or with a bank.
+
+    Args:
+        temperature: divisor > 0. SimCLR used 0.5 on CIFAR-10 and 0.1 on ImageNet, MoCo 0.07.
+        normalize: to unit length first.
+        reduction_over: "valid" or "all".
+    """
+
+    spec = Spec(
+        task="two_view",
+        source="Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020, eq. 1",
+        distributed="gathers",
+    )
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        normalize: bool = True,
+        reduction_over: str = "valid",
+        reduction: str = "mean",
+        normalizer: str | float = "count",
+        sync: bool = True,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            normalize=normalize,
+            reduction_over=reduction_over,
+            reduction=reduction,
+            normalizer=normalizer,
+            sync=sync,
+        )
+        check_number("temperature", temperature, 0, open_low=True)
+        check_choice("reduction_over", reduction_over, ("valid", "all"))
+
+    def forward(
+        self,
+        z: Tensor,
+        other: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        bank: MemoryBank | None = None,
+        weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Views (N, d) to the reduced loss."""
+        return ntxent_loss(z, other, labels=labels, bank=bank, weight=weight, mask=mask, **self.options)

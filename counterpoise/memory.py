@@ -1,0 +1,225 @@
+"""Whatever remembers: class statistics (counts and prior) and the memory bank of past embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from counterpoise._core import PreciseBuffers, check_choice, check_embeddings, check_number, in_second_pass
+
+ClassCounts = Sequence[int] | Tensor
+
+ZERO_COUNT_POLICIES = ("error", "ignore", "smooth")
+
+
+def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) -> Tensor:
+    r"""Class weights by the effective number of samples, normalised to sum to the number of classes.
+
+    .. math:: w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}
+
+    beta = 0 gives all ones, beta = 1 its limit :math:`w_c \propto 1 / n_c`. Computed as ``expm1(n log beta)``: with
+    beta near one the printed form loses digits.
+
+    Args:
+        class_counts: (C,) training examples a class; a class with none gets weight 0 and is left out of the sum.
+        beta: in [0, 1].
+
+    Returns:
+        (C,) float64.
+
+    Raises:
+        ValueError: negative counts, no example at all, or beta outside [0, 1].
+
+    Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019.
+    """
+    check_number("beta", beta, 0, 1)
+    n = _as_counts(class_counts).double()
+    if beta == 0:
+        raw = torch.ones_like(n)
+    elif beta == 1:
+        raw = 1 / n
+    else:
+        raw = 1 / -torch.expm1(n * torch.log1p(torch.tensor(beta - 1.0, dtype=torch.float64)))
+    raw = torch.where(n > 0, raw, 0)
+    return raw * (n > 0).sum() / raw.sum()
+
+
+def _as_counts(class_counts: ClassCounts) -> Tensor:
+    counts = torch.as_tensor(class_counts)
+    if counts.ndim != 1 or counts.numel() == 0:
+        raise ValueError(f"class_counts has shape {tuple(counts.shape)}, expected (C,) with C >= 1")
+    if counts.is_floating_point():
+        if not (counts == counts.round()).all():
+            raise ValueError("class_counts holds fractions, expected whole numbers of examples")
+    counts = counts.to(torch.int64)
+    if (counts < 0).any():
+        raise ValueError(f"class_counts holds {int(counts.min())}, expected numbers >= 0")
+    if int(counts.sum()) == 0:
+        raise ValueError("class_counts sums to 0, expected at least one example")
+    return counts
+
+
+class ClassStatistics(PreciseBuffers):
+    """Validated class counts and the prior that training sees: one object for the whole long-tail family.
+
+    The prior starts as counts / sum(counts). A re-balancing sampler changes what training sees; tell it here with
+    :meth:`set_prior`, and every prior-based loss follows.
+
+    Args:
+        class_counts: (C,) training examples a class.
+        zero_count: what to do with a class without examples. "error" refuses it; "ignore" gives it the smallest seen
+            prior in adjustments and weight 0 in class weights; "smooth" adds one to every count.
+
+    Buffers:
+        counts: (C,) int64, as given.
+        prior: (C,) float64, sums to one over the classes seen. Both travel in ``state_dict()``.
+
+    Raises:
+        ValueError: negative or fractional counts, an empty class under "error".
+    """
+
+    counts: Tensor
+    prior: Tensor
+
+    def __init__(self, class_counts: ClassCounts, zero_count: str = "error") -> None:
+        super().__init__()
+        check_choice("zero_count", zero_count, ZERO_COUNT_POLICIES)
+        counts = _as_counts(class_counts)
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty and zero_count == "error":
+            raise ValueError(
+                f"class_counts has no example of class {', '.join(map(str, empty))}: drop the class, or pass "
+                'zero_count="ignore" or "smooth"'
+            )
+        self.zero_count = zero_count
+        self.register_buffer("counts", counts.cpu())
+        smoothed = self.smoothed_counts.double()
+        self.register_buffer("prior", smoothed / smoothed.sum())
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.counts)
+
+    @property
+    def smoothed_counts(self) -> Tensor:
+        """(C,) int64 counts after the zero-count policy: one more each under "smooth"."""
+        return self.counts + 1 if self.zero_count == "smooth" else self.counts
+
+    @torch.no_grad()
+    def set_prior(self, prior: Tensor) -> None:
+        """Makes ``prior`` (C,), class probabilities >= 0 that sum to one, what training is said to see."""
+        prior = torch.as_tensor(prior, dtype=self.prior.dtype, device=self.prior.device)
+        if prior.shape != self.prior.shape:
+            raise ValueError(f"prior has shape {tuple(prior.shape)}, expected {tuple(self.prior.shape)}")
+        if not bool((prior >= 0).all()) or abs(float(prior.sum()) - 1) > 1e-6:
+            raise ValueError(f"prior sums to {float(prior.sum()):g}, expected probabilities that sum to one")
+        self.prior.copy_(prior)
+
+    def seen_prior(self) -> Tensor:
+        """(C,) float64 prior, where a class never seen borrows the smallest prior that was."""
+        smallest = torch.where(self.prior > 0, self.prior, torch.inf).min()
+        return torch.where(self.prior > 0, self.prior, smallest)
+
+    def effective_number_weights(self, beta: float = 0.9999) -> Tensor:
+        """(C,) float64, see :func:`effective_number_weights`."""
+        return effective_number_weights(self.smoothed_counts, beta)
+
+    def extra_repr(self) -> str:
+        """Class count and the range of the counts."""
+        return f"num_classes={self.num_classes}, counts={int(self.counts.min())}..{int(self.counts.max())}"
+
+
+class MemoryBank(PreciseBuffers):
+    """First-in first-out bank of unit embeddings, for objectives that want more negatives than a batch holds.
+
+    An objective only reads it. Its owner (the recipe) enqueues after the backward pass; under several ranks enqueue
+    keys gathered in rank order, so that all ranks hold the same bank. Nothing is written in eval mode, inside
+    ``second_pass()``, or when a key is not finite.
+
+    Args:
+        size: number of slots K >= 1.
+        dim: width d of an embedding.
+        init: "empty" starts with no key (objectives see only what was enqueued); "random" fills the bank with random
+            unit vectors, as the MoCo releases do.
+        overflow: "wrap" writes with modular indices; "drop" drops the keys that do not fit before the end and starts
+            over at slot 0, as lightly does.
+        generator: draws the random start.
+
+    Buffers (persistent, so that a resumed run goes on exactly):
+        keys (K, d), labels (K,) int64 with -1 = unknown, pointer () and filled () int64.
+
+    Source: He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        init: str = "empty",
+        overflow: str = "wrap",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_number("size", size, 1)
+        check_number("dim", dim, 1)
+        check_choice("init", init, ("empty", "random"))
+        check_choice("overflow", overflow, ("wrap", "drop"))
+        self.overflow = overflow
+        keys = torch.zeros(size, dim, dtype=dtype)
+        if init == "random":
+            keys = normalize(torch.randn(size, dim, dtype=dtype, generator=generator), dim=1)
+        self.register_buffer("keys", keys)
+        self.register_buffer("labels", torch.full((size,), -1))
+        self.register_buffer("pointer", torch.tensor(0))
+        self.register_buffer("filled", torch.tensor(size if init == "random" else 0))
+
+    @property
+    def valid(self) -> Tensor:
+        """(K,) bool, True where a slot holds a key."""
+        return torch.arange(len(self.keys), device=self.keys.device) < self.filled
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Writes ``keys`` (N, d), normalised first, and their ``labels`` (N,) over the oldest slots.
+
+        Raises:
+            ValueError: another width than the bank's, or labels of another length.
+        """
+        check_embeddings("keys", keys)
+        size, dim = self.keys.shape
+        if keys.shape[1] != dim:
+            raise ValueError(f"keys has shape {tuple(keys.shape)}, expected (N, {dim})")
+        if labels is not None and labels.shape != keys.shape[:1]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({len(keys)},)")
+        if not self.training or in_second_pass() or not bool(keys.isfinite().all()):
+            return
+        start = int(self.pointer)
+        if self.overflow == "drop":
+            kept = slice(0, min(len(keys), size - start))
+            after = start + len(keys) if start + len(keys) < size else 0
+        else:
+            kept = slice(max(len(keys) - size, 0), len(keys))  # of more than K keys the last K remain
+            after = (start + len(keys)) % size
+        slots = (torch.arange(len(keys), device=self.keys.device)[kept] + start) % size
+        self.keys[slots] = normalize(keys[kept].to(self.keys), dim=1)
+        self.labels[slots] = -1 if labels is None else labels[kept].to(self.labels)
+        self.filled.fill_(max(int(self.filled), min(start + len(keys), size)))
+        self.pointer.fill_(after)
+
+    def extra_repr(self) -> str:
+        """Size and width."""
+        return f"size={len(self.keys)}, dim={self.keys.shape[1]}, overflow={self.overflow!r}"
+
+
+__all__ = ["ClassCounts", "ClassStatistics", "MemoryBank", "effective_number_weights"]

@@ -1,0 +1,42 @@
+"""The data of the recipes: every factory gives a :class:`LabelledData`, whose ``splits`` are dict data sets.
+
+Built-in sets (``digits_lt``, ``fashion_mnist_lt``, ``cifar10_lt``, ``cifar100_lt``) and a user's own (``image_folder``,
+``csv_table``, ``from_datasets``) go one way: test and validation are cut first, and only what is left to train on
+becomes long-tailed. ``LongTailed`` does the last step for any labelled data set.
+"""
+
+from counterpoise.recipes.data.cifar import cifar10_lt, cifar100_lt
+from counterpoise.recipes.data.csv import csv_table
+from counterpoise.recipes.data.cuts import balanced_split, stratified_split, validation_split
+from counterpoise.recipes.data.datamodule import LabelledData
+from counterpoise.recipes.data.digits import digits_lt
+from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt
+from counterpoise.recipes.data.image_folder import image_folder
+from counterpoise.recipes.data.long_tail import LongTail, LongTailed, class_order, long_tail_counts, long_tail_indices
+from counterpoise.recipes.data.own import from_datasets
+from counterpoise.recipes.data.splits import AsDict, Examples, InMemory, Splits, groups_of, targets_of
+
+__all__ = [
+    "AsDict",
+    "Examples",
+    "InMemory",
+    "LabelledData",
+    "LongTail",
+    "LongTailed",
+    "Splits",
+    "balanced_split",
+    "cifar10_lt",
+    "cifar100_lt",
+    "class_order",
+    "csv_table",
+    "digits_lt",
+    "fashion_mnist_lt",
+    "from_datasets",
+    "groups_of",
+    "image_folder",
+    "long_tail_counts",
+    "long_tail_indices",
+    "stratified_split",
+    "targets_of",
+    "validation_split",
+]

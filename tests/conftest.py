@@ -1,0 +1,51 @@
+"""Options and outcomes of the whole suite: the folder of reference vectors, and how golden cases are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+NOT_COVERED, NOT_MAPPED = "not covered", "not mapped by choice"
+
+torch.set_num_threads(2)
+_golden: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", type=Path, default=GOLDEN, help="folder of reference vectors, *.json")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    return str(report.longrepr[2]) if report.skipped and isinstance(report.longrepr, tuple) else ""
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Two outcomes of their own: a vector without an implementation is neither passed nor merely skipped."""
+    for outcome in (NOT_COVERED, NOT_MAPPED):
+        if _reason(report).startswith(f"Skipped: {outcome}"):
+            return outcome, "-", outcome.upper()
+    return None
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts golden cases by outcome."""
+    if "golden/test_golden.py::test_case" not in report.nodeid:
+        return
+    if report.failed:
+        _golden["failed"] += 1
+    elif report.skipped:
+        status = pytest_report_teststatus(report)
+        _golden[status[0] if status else "skipped"] += 1
+    elif report.when == "call":
+        _golden["passed"] += 1
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The four counts of golden cases, last."""
+    if _golden and not hasattr(config, "workerinput"):
+        counts = ", ".join(f"{_golden[name]} {name}" for name in ("passed", "failed", NOT_COVERED, NOT_MAPPED))
+        print(f"golden cases: {counts}")
