@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,13 +37,17 @@ def effective_number_weights(class_counts: ClassCounts, beta: float = 0.9999) ->
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019.
     """
     check_number("beta", beta, 0, 1)
-    n = _as_counts(class_counts).double()
+    return _by_effective_number(_as_counts(class_counts), beta)
+
+
+def _by_effective_number(counts: Tensor, beta: float) -> Tensor:
+    n = counts.double()
     if beta == 0:
         raw = torch.ones_like(n)
     elif beta == 1:
         raw = 1 / n
     else:
-        raw = 1 / -torch.expm1(n * torch.log1p(torch.tensor(beta - 1.0, dtype=torch.float64)))
+        raw = 1 / -torch.expm1(n * math.log1p(beta - 1))
     raw = torch.where(n > 0, raw, 0)
     return raw * (n > 0).sum() / raw.sum()
 
@@ -126,7 +131,8 @@ class ClassStatistics(PreciseBuffers):
 
     def effective_number_weights(self, beta: float = 0.9999) -> Tensor:
         """(C,) float64, see :func:`effective_number_weights`."""
-        return effective_number_weights(self.smoothed_counts, beta)
+        check_number("beta", beta, 0, 1)
+        return _by_effective_number(self.smoothed_counts, beta)
 
     def extra_repr(self) -> str:
         """Class count and the range of the counts."""

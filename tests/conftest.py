@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.pool import Pool
 
 GOLDEN = Path(__file__).parent / "golden"
 NOT_COVERED, NOT_MAPPED = "not covered", "not mapped by choice"
@@ -49,3 +52,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if _golden and not hasattr(config, "workerinput"):
         counts = ", ".join(f"{_golden[name]} {name}" for name in ("passed", "failed", NOT_COVERED, NOT_MAPPED))
         print(f"golden cases: {counts}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many exemptions from the contracts are declared, each with its reason."""
+    from tests.contracts.parts import PARTS
+
+    exemptions = [(p.__name__, name, why) for p in PARTS for name, why in p.spec.exemptions.items()]
+    terminalreporter.write_line(f"contract exemptions: {len(exemptions)} of {len(PARTS)} parts' promises")
+    for part, name, why in exemptions:
+        terminalreporter.write_line(f"  {part}: {name}: {why}")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """Three gloo processes that stay up for the whole session."""
+    pool = Pool(3)
+    yield pool
+    pool.close()

@@ -72,12 +72,13 @@ def check_within(name: str, values: Tensor, low: float, high: float, *, what: st
     Only the data can show this, and reading it back from an accelerator would stall the queue. So the host raises a
     precise error for CPU tensors, and an asynchronous device assertion speaks elsewhere and under ``torch.compile``.
     """
-    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(values):
         return  # inside vmap or grad transforms a value cannot be read
     within = (values >= low) & (values <= high)
     if ignore is not None:
         within = within | (values == ignore)
-    if torch.compiler.is_compiling() or not values.is_cpu:
+    if compiling or not values.is_cpu:
         torch._assert_async(within.all(), f"{name} holds a value outside [{low}, {high}], expected {what}")
     elif not within.all():
         raise ValueError(f"{name} holds {values[~within][0].item()}, expected {what} in [{low}, {high}]")

@@ -88,6 +88,8 @@ def reduce_losses(
     divisor = _divisor(normalizer, losses, counted, weight, carried_weight, positives)
     if sync:
         divisor = sum_over_ranks(divisor)
+    if normalizer == "positives":
+        divisor = divisor.clamp_min(1)  # soft labels may sum to less than one positive
     return total / torch.where(divisor != 0, divisor, 1)  # nothing counts, or no positive: divide by one
 
 

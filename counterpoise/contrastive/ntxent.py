@@ -76,7 +76,7 @@ def ntxent_loss(
             temperature=temperature,
         )
     else:
-        rows, result = _against_bank(rows, views, bank, temperature)
+        rows, result = _against_bank(rows, views, bank, temperature, labelled=labels is not None)
     counted = result.valid if reduction_over == "valid" else torch.ones_like(result.valid)
     if rows.counted is not None:
         counted = counted & rows.counted
@@ -90,13 +90,16 @@ def ntxent_loss(
     )
 
 
-def _against_bank(rows: Rows, views: Tensor, bank: MemoryBank, temperature: float) -> tuple[Rows, InfoNCE]:
+def _against_bank(
+    rows: Rows, views: Tensor, bank: MemoryBank, temperature: float, *, labelled: bool
+) -> tuple[Rows, InfoNCE]:
     """Anchors of the first view against their second view and the bank."""
     v, n, d = views.shape
     if v != 2 or bank.keys.shape[1] != d:
         raise ValueError(f"bank of width {bank.keys.shape[1]} got views {(v, n, d)}, expected two views of its width")
     anchors = Rows(*(None if x is None else x[:n] for x in rows))  # type: ignore[arg-type]
-    of_bank = torch.stack([torch.full_like(bank.labels, -1), bank.labels], dim=1)
+    unknown = torch.full_like(bank.labels, -1)  # without labels each example is its own: the bank's say nothing of it
+    of_bank = torch.stack([unknown, bank.labels if labelled else unknown], dim=1)
     unusable = torch.where(bank.valid, 0.0, -torch.inf)
     own = torch.zeros(n, device=unusable.device)
     if rows.counted is not None:

@@ -62,9 +62,7 @@ def sigmoid_focal_loss(
     z, t, counted = labels_and_live(logits, target, mask)
     losses = binary_cross_entropy_with_logits(z, t, reduction="none")
     if gamma > 0:
-        # 1 - p_t = p (1 - t) + (1 - p) t, in logarithms; log 0 = -inf may occur on the label's side only
-        log_one_minus_p_t = torch.logaddexp(logsigmoid(z) + torch.log(1 - t), logsigmoid(-z) + torch.log(t))
-        losses = losses * torch.exp(gamma * log_one_minus_p_t)
+        losses = losses * torch.exp(gamma * log_one_minus_p_t(z, t, soft=target.is_floating_point()))
     if alpha is not None:
         check_number("alpha", alpha, 0, 1)
         losses = losses * (alpha * t + (1 - alpha) * (1 - t))
@@ -78,6 +76,17 @@ def sigmoid_focal_loss(
         normalizer=normalizer,
         sync=sync,
     )
+
+
+def log_one_minus_p_t(z: Tensor, t: Tensor, *, soft: bool) -> Tensor:
+    """log(p (1 - t) + (1 - p) t) with p = sigmoid(z); ``soft`` says that labels between 0 and 1 may occur."""
+    hard = logsigmoid((1 - 2 * t) * z)
+    if not soft:
+        return hard
+    between = (t > 0) & (t < 1)
+    s = torch.where(between, t, 0.5)  # the logarithm of a hard label's other side would poison second derivatives
+    mixed = torch.logaddexp(logsigmoid(z) + torch.log1p(-s), logsigmoid(-z) + torch.log(s))
+    return torch.where(between, mixed, hard)
 
 
 class SigmoidFocalLoss(Loss):

@@ -1,0 +1,46 @@
+"""What is launched: Lightning modules, data, callbacks, reports, and the Hydra configuration in ``conf/``.
+
+Names load on first access, since they need the ``recipes`` extra and losses do not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BatchAugment": "models",
+    "Checkpoints": "callbacks",
+    "ConfigError": "errors",
+    "DeferredReweighting": "callbacks",
+    "History": "callbacks",
+    "LongTailed": "long_tailed",
+    "MLP": "models",
+    "RandomStates": "callbacks",
+    "ResNet32": "models",
+    "Result": "run",
+    "SmallCNN": "models",
+    "classification_metrics": "evaluation",
+    "fit": "run",
+    "torchvision_model": "models",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as missing:
+        if missing.name is not None and missing.name.startswith("counterpoise"):
+            raise
+        raise ModuleNotFoundError(
+            f"counterpoise.recipes.{name} needs {missing.name}: pip install 'counterpoise[recipes]'", name=missing.name
+        ) from missing
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -103,9 +103,7 @@ def classification_metrics(
     return Evaluation(scalars, rates | counts, confusion, rule, names, notes)
 
 
-def assign_bands(
-    class_counts: Sequence[int], *, many: int = 100, few: int = 20
-) -> tuple[list[str], dict[str, str | int]]:
+def assign_bands(class_counts: Sequence[int], *, many: int = 100, few: int = 20) -> tuple[list[str], dict[str, Any]]:
     """Band of each of C classes by its training count, and the rule that was used, with a note in words.
 
     Thirds keep classes of equal count together, so a band can still be empty: with one class there is only "medium",

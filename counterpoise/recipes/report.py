@@ -24,10 +24,10 @@ FACTS = ("loss", "model", "reweighter", "sampler", "optimizer", "scheduler", "se
 
 
 def write_report(folder: Path, sections: Sequence[Section] | None = None) -> Path:
-    """Writes ``folder/report.html`` from metrics.json, config.yaml, history.csv and predictions.npz, any may be missing.
+    """Writes ``folder/report.html`` from metrics.json, config.yaml, history.csv and predictions.npz.
 
-    The page needs nothing else: style and plots are inside. It is replaced in one step, so that a reader never meets
-    half a report. Returns its path.
+    Any of them may be missing. The page needs nothing else: style and plots are inside. It is replaced in one step,
+    so that a reader never meets half a report. Returns its path.
 
     Args:
         folder: an existing run folder.
@@ -75,7 +75,7 @@ def headline(run: RunFolder) -> dict[str, Any]:
         "error": metrics.get("error"),
         "folder": run.path.resolve().name,
         "version": as_mapping(metrics.get("environment")).get("counterpoise"),
-        "tiles": [(METRICS[key][0], format_metric(key, test.get(key))) for key in TILES if key in test],
+        "tiles": [(METRICS[key], format_metric(key, test.get(key))) for key in TILES if key in test],
         "facts": facts + _cost_facts(as_mapping(metrics.get("cost"))),
         "hash": str(metrics.get("config_hash") or "")[:12],
     }

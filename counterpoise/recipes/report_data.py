@@ -49,7 +49,7 @@ def read_run(folder: Path) -> RunFolder:
             return read(folder / name)
         except FileNotFoundError:
             problems[name] = f"there is no {name}"
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with the file, the report is written
+        except Exception as error:  # whatever is wrong with the file, the report is written
             problems[name] = f"{name} cannot be read ({type(error).__name__}: {error})"
         return empty
 

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -30,7 +31,7 @@ COLORS = {
     "tail": "#e08a2e",
 }
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's typeface
     "svg.hashsalt": "counterpoise",
     "text.parse_math": False,  # a class may be called "$"
@@ -150,7 +151,7 @@ def reliability_plot(confidence: np.ndarray, accuracy: np.ndarray, count: np.nda
         return to_svg(figure, "reliability")
 
 
-def learning_plot(epoch: Sequence[float], losses: dict[str, np.ndarray], scores: dict[str, np.ndarray]) -> str:
+def learning_plot(epoch: np.ndarray, losses: dict[str, np.ndarray], scores: dict[str, np.ndarray]) -> str:
     """Losses (above) and scores in [0, 1] (below) by epoch; the first score's best epoch is marked."""
     titled = ((losses, "Loss"), (scores, "Validation"))
     panels = [(title if len(curves) > 1 else next(iter(curves)), curves) for curves, title in titled if curves]
@@ -162,13 +163,13 @@ def learning_plot(epoch: Sequence[float], losses: dict[str, np.ndarray], scores:
                 color = COLORS["accent"] if style == "-" else COLORS["muted"]
                 known = np.isfinite(values)
                 marker = "o" if known.sum() <= 15 else None
-                x = np.asarray(epoch)[known]
+                x = epoch[known]
                 axes.plot(x, values[known], style, color=color, label=label, marker=marker, markersize=3)
             if len(curves) > 1:
                 axes.legend(loc="best")
             if curves is scores:
                 _percent(axes, title, limits=False)
-                _mark_best(axes, np.asarray(epoch), next(iter(curves.values())))
+                _mark_best(axes, epoch, next(iter(curves.values())))
             else:
                 axes.set_title(title)
         rows[-1].set_xlabel("Epoch")

@@ -15,24 +15,24 @@ from counterpoise.recipes.evaluation import BANDS, reliability
 from counterpoise.recipes.report_data import NotAvailable, RunFolder, as_mapping
 from counterpoise.recipes.report_plots import class_plot, confusion_plot, learning_plot, reliability_plot
 
-# name of a scalar -> (label, shown in percent)
 METRICS = {
-    "balanced_accuracy": ("Balanced accuracy", True),
-    "accuracy": ("Accuracy", True),
-    "head_accuracy": ("Head accuracy", True),
-    "medium_accuracy": ("Medium accuracy", True),
-    "tail_accuracy": ("Tail accuracy", True),
-    "macro_f1": ("Macro F1", True),
-    "expected_calibration_error": ("Calibration error (ECE) ↓", True),
-    "nll": ("Negative log-likelihood ↓", False),
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "head_accuracy": "Head accuracy",
+    "medium_accuracy": "Medium accuracy",
+    "tail_accuracy": "Tail accuracy",
+    "macro_f1": "Macro F1",
+    "expected_calibration_error": "Calibration error (ECE) ↓",
+    "nll": "Negative log-likelihood ↓",
 }
+PERCENT = ("accuracy", "f1", "recall", "precision", "calibration_error")  # how names end that are shown in percent
 PER_CLASS = {
     "band": "Band",
     "train_count": "Training",
-    "test_count": "Test",
     "recall": "Recall",
     "precision": "Precision",
     "f1": "F1",
+    "test_count": "Test",
 }
 
 
@@ -111,19 +111,19 @@ def render_section(section: Section, run: RunFolder) -> dict[str, Any]:
             blocks.append(build(run))
         except NotAvailable as missing:
             blocks.append(Missing(name, str(missing)))
-        except Exception as error:  # noqa: BLE001 - a report of a broken run must still come out
+        except Exception as error:  # a report of a broken run must still come out
             blocks.append(Missing(name, f"{type(error).__name__}: {error}"))
     blocks.sort(key=lambda block: isinstance(block, Missing))
     return {"title": section.title, "key": section.title.lower().replace(" ", "-"), "blocks": blocks}
 
 
 def format_metric(name: str, value: Any) -> str:
-    """``0.7134`` as "71.3%" for what is shown in percent, else three decimals; "–" for None and NaN."""
+    """``0.7134`` as "71.3%" for what is shown in percent, else three decimals; "n/a" for None and NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "–" if value is None else str(value)
+        return "n/a" if value is None else str(value)
     if not math.isfinite(value):
-        return "–"
-    if METRICS.get(name, ("", False))[1]:
+        return "n/a"
+    if name.endswith(PERCENT):
         return f"{100 * value:.1f}%"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
@@ -134,7 +134,7 @@ def result_rows(splits: Any) -> tuple[list[str], list[tuple[str, list[str]]]]:
     order = [name for name in ("val", "test") if name in by_split] + sorted(set(by_split) - {"val", "test"})
     present = {key: None for name in order for key in by_split[name]}  # a set that keeps its order
     keys = [key for key in METRICS if key in present] + [key for key in present if key not in METRICS]
-    label = {key: METRICS.get(key, (key.replace("_", " ").capitalize(),))[0] for key in keys}
+    label = {key: METRICS.get(key, key.replace("_", " ").capitalize()) for key in keys}
     return order, [(label[key], [format_metric(key, by_split[name].get(key)) for name in order]) for key in keys]
 
 
@@ -215,7 +215,8 @@ def _learning_figure(run: RunFolder) -> Figure:
     scores = curves("val/balanced_accuracy", "val/accuracy")
     if not losses and not scores:
         raise NotAvailable("history.csv has neither losses nor validation scores")
-    if len(scores) == 2 and np.array_equal(*scores.values(), equal_nan=True):
+    curve, other = scores.get("val/balanced accuracy"), scores.get("val/accuracy")
+    if curve is not None and other is not None and np.array_equal(curve, other, equal_nan=True):
         del scores["val/accuracy"]  # a balanced split: one curve hides the other
     epochs = next(iter((losses or scores).values()))
     svg = learning_plot(run.history.get("epoch", np.arange(len(epochs))), losses, scores)
@@ -230,13 +231,17 @@ def _class_table(run: RunFolder) -> Table:
     names = _class_names(run, length)
 
     def row(i: int) -> list[Cell]:
-        band, train, test, recall, *others = (values[i] for values in columns.values())
-        counts = [Cell(format_metric("", train)), Cell(format_metric("", test))]
-        rates = [
-            Cell(format_metric("accuracy", recall), bar=recall if isinstance(recall, float) else None),
-            *(Cell(format_metric("accuracy", x)) for x in others),
+        band, train, recall, precision, f1, test = (values[i] for values in columns.values())
+        bar = recall if isinstance(recall, float) else None
+        return [
+            Cell(names[i], band=str(band or "")),
+            Cell(str(band or "n/a"), band=str(band or "")),
+            Cell(format_metric("count", train)),
+            Cell(format_metric("recall", recall), bar=bar),
+            Cell(format_metric("precision", precision)),
+            Cell(format_metric("f1", f1)),
+            Cell(format_metric("count", test)),
         ]
-        return [Cell(names[i], band=str(band or "")), Cell(str(band or "–"), band=str(band or "")), *counts, *rates]
 
     order = sorted(range(length), key=lambda i: -columns["train_count"][i])
     return Table(["Class", *PER_CLASS.values()], [row(i) for i in order])

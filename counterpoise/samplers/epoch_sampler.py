@@ -43,8 +43,7 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
-        order = torch.cat([order, order[: -len(order) % world_size()]])
-        own = order[rank() :: world_size()].tolist()
+        own = order[torch.arange(rank(), len(self) * world_size(), world_size()) % len(order)].tolist()
         self._position, self._start = self._start, 0
         for index in own[self._position :]:
             self._position += 1
@@ -57,7 +56,7 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Selects the epoch (0, 1, ...); another epoch than the present one starts at its beginning."""
         if epoch != self.epoch:
-            self._start = 0
+            self._start = self._position = 0
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +69,7 @@ class EpochSampler(Sampler[int]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration goes on at ``position`` of ``epoch``."""
         self.epoch = int(state["epoch"])
-        self._start = int(state["position"])
+        self._start = self._position = int(state["position"])
 
 
 class ShuffleSampler(EpochSampler):

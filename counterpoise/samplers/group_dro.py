@@ -162,7 +162,8 @@ class GroupDRO(PreciseBuffers):
     def _ascend(self, mean: Tensor, present: Tensor) -> Tensor:
         a = mean + self.bonus
         if self.normalize_loss:
-            a = a / a.sum()
+            total = a.sum()
+            a = a / torch.where(total != 0, total, 1)
         moved = self.log_q + self.step_size * a
         if self.absent == "renormalize":
             return moved.log_softmax(0)

@@ -11,7 +11,7 @@ from counterpoise.recipes.data.cuts import balanced_split, stratified_split, val
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.data.digits import digits_lt
 from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt
-from counterpoise.recipes.data.image_folder import image_folder
+from counterpoise.recipes.data.image_folders import image_folder
 from counterpoise.recipes.data.long_tail import LongTail, LongTailed, class_order, long_tail_counts, long_tail_indices
 from counterpoise.recipes.data.own import from_datasets
 from counterpoise.recipes.data.splits import AsDict, Examples, InMemory, Splits, groups_of, targets_of

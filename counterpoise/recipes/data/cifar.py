@@ -102,7 +102,8 @@ def _read(name: str, root: str, download: bool, train: bool) -> Any:
         return getattr(datasets, name)(str(folder), train=train, download=download)
     except (OSError, RuntimeError) as error:
         base = getattr(datasets, name).base_folder
+        why = f" ({error})" if download else ""
         raise FileNotFoundError(
-            f"{name} was not found, or is damaged, in {(folder / base).absolute()} ({error}). Fetch it with "
+            f"{name} was not found, or is damaged, in {(folder / base).absolute()}{why}. Fetch it with "
             f"data.download=true, or name the folder that holds {base} with data.root=..."
         ) from error

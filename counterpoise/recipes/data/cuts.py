@@ -61,7 +61,7 @@ def stratified_split(targets: Tensor, fraction: float, seed: int) -> tuple[Tenso
     if int(available.min()) < 2:
         smallest = int(available.argmin())
         raise ValueError(f"class {smallest} has {int(available[smallest])} examples, expected at least 2 to split")
-    counts = (available * fraction).round().long().clamp(min=1)
+    counts = (available.double() * fraction - 0.5).ceil().long().clamp(min=1)  # halves go down: 3 can be cut twice
     return _without(targets, take_per_class(targets, counts, seed))
 
 

@@ -122,10 +122,6 @@ def _pixels(image: Image.Image, size: int) -> Tensor:
     return pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
 
 
-def _centred(pixels: Tensor) -> Tensor:
-    return (pixels / 255 - 0.5) / 0.5
-
-
 def _loaded(folder: _Folder, image_size: int) -> Examples:
     if len(folder) * 3 * image_size**2 <= IN_MEMORY_BYTES:
         return InMemory(torch.stack([pixels for pixels, _ in folder]), folder.targets, mean=0.5, std=0.5)
@@ -134,7 +130,7 @@ def _loaded(folder: _Folder, image_size: int) -> Examples:
 
 
 def _read_later(image: Image.Image, size: int) -> Tensor:
-    return _centred(_pixels(image, size))
+    return (_pixels(image, size) / 255 - 0.5) / 0.5
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -1,0 +1,189 @@
+"""One run from start to report: train, pick the best checkpoint, evaluate once, write everything down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from counterpoise.recipes.callbacks import Checkpoints, History, RandomStates
+from counterpoise.recipes.data.datamodule import LabelledData
+from counterpoise.recipes.errors import ConfigError, one_sentence
+from counterpoise.recipes.evaluation import classification_metrics
+from counterpoise.recipes.report import write_report
+from counterpoise.recipes.run_folder import (
+    check_checkpoint,
+    command_line,
+    config_hash,
+    environment,
+    open_folder,
+    read_metrics,
+    write_config,
+    write_metrics,
+    write_predictions,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run lies and what came out."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    report: Path | None
+
+    def __getitem__(self, name: str) -> float:
+        """A scalar of the test split: ``result["balanced_accuracy"]``."""
+        return self.metrics["splits"]["test"][name]
+
+
+def fit(
+    recipe: pl.LightningModule,
+    data: LabelledData,
+    *,
+    folder: str | Path,
+    max_epochs: int = 30,
+    seed: int = 0,
+    resume: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Any] = (),
+    config: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    **trainer_options: Any,
+) -> Result:
+    """Trains, evaluates and reports into ``folder``.
+
+    Args:
+        recipe: what is trained; data: what on.
+        folder: of the run, made if need be.
+        max_epochs: >= 1.
+        seed: of everything random that is left.
+        resume: go on from ``checkpoints/last.ckpt`` of the folder, exactly.
+        callbacks, loggers: of Lightning; checkpoints, random states and history are added.
+        config: what is written to config.yaml; None = what can be told of the parts.
+        notes: sentences for the report.
+        trainer_options: passed on to ``lightning.pytorch.Trainer``.
+
+    Returns:
+        the Result; on failure everything written so far stays, marked as failed.
+
+    Raises:
+        ConfigError: the folder cannot be written, or its checkpoint not be read, or the Trainer refuses its options.
+    """
+    folder = Path(folder).absolute()
+    config = dict(config or {"recipe": {"name": _name(recipe)}, "seed": seed, "trainer": {"max_epochs": max_epochs}})
+    open_folder(folder)
+    last = folder / "checkpoints" / "last.ckpt"
+    going_on = resume and last.exists()
+    if going_on:
+        check_checkpoint(last)
+    history = History(folder / "history.csv")
+    added = [*callbacks, history, RandomStates()]
+    if not any(isinstance(c, Checkpoints) for c in added):
+        added.append(Checkpoints(folder / "checkpoints", monitor=getattr(recipe, "monitor", "val/balanced_accuracy")))
+    options = {"deterministic": True, "enable_progress_bar": True, **trainer_options}
+    if options["enable_progress_bar"]:
+        added.append(RichProgressBar())
+    pl.seed_everything(seed, verbose=False)
+    try:
+        trainer = pl.Trainer(
+            default_root_dir=folder,
+            max_epochs=max_epochs,
+            logger=list(loggers) or False,
+            callbacks=added,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **options,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {one_sentence(error)}") from error
+    metrics: dict[str, Any] = {
+        "recipe": config["recipe"]["name"],
+        "config_hash": config_hash(config),
+        "status": "running",
+        "error": None,
+        "notes": list(notes),
+        "command": command_line(),
+        "environment": environment(str(trainer.strategy.root_device), trainer.world_size),
+        "class_names": list(data.splits.class_names),
+        "class_counts": data.class_counts,
+    }
+    keeps = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if keeps:
+        write_config(folder, config)
+        write_metrics(folder, metrics)
+    try:
+        trainer.fit(recipe, datamodule=data, ckpt_path=last if going_on else None, weights_only=True)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            found = _evaluate(trainer, recipe, data, folder)
+            metrics |= {**found, "notes": [*metrics["notes"], *dict.fromkeys(found["notes"])]}
+        metrics |= {"status": "completed", "cost": _cost(trainer, recipe, data, history)}
+    except BaseException as error:
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        metrics |= {"status": "interrupted" if stopped else "failed", "error": one_sentence(error)}
+        raise
+    finally:
+        report = _write(folder, metrics) if keeps else None
+    return Result(folder, {**metrics}, report)
+
+
+def _write(folder: Path, metrics: dict[str, Any]) -> Path:
+    write_metrics(folder, metrics)
+    return write_report(folder)
+
+
+def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledData, folder: Path) -> dict[str, Any]:
+    """Metrics of validation and test split with the best weights; the test split is read here and nowhere else."""
+    best = folder / "checkpoints" / "best.ckpt"
+    if best.exists():
+        recipe.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    found, notes = {}, list[str]()
+    for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        batches: Any = trainer.predict(recipe, dataloaders=loader)
+        predictions: dict[str, Tensor] = {name: torch.cat([b[name].cpu() for b in batches]) for name in batches[0]}
+        found[split] = classification_metrics(
+            predictions["logits"], predictions["target"], data.class_counts, class_names=data.splits.class_names
+        )
+        notes += [f"{split}: {note}" for note in found[split].notes]
+    if trainer.is_global_zero:
+        write_predictions(folder, predictions)
+    test = found["test"]
+    return {
+        "splits": {name: evaluation.scalars for name, evaluation in found.items()},
+        "notes": notes,
+        "bands": test.bands,
+        "per_class": test.per_class,
+        "confusion": test.confusion,
+    }
+
+
+def _cost(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledData, history: History) -> dict[str, Any]:
+    epochs = trainer.current_epoch
+    seen = epochs * len(data.train_sampler)
+    return {
+        "train_seconds": round(history.seconds, 3),
+        "epochs": epochs,
+        "steps": trainer.global_step,
+        "parameters": sum(p.numel() for p in recipe.parameters()),
+        "examples_per_second": round(seen / history.seconds, 1) if history.seconds > 0 else None,
+    }
+
+
+def _name(recipe: pl.LightningModule) -> str:
+    """LongTailed to long_tailed."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(recipe).__name__).lstrip("_")
+
+
+def load_result(folder: str | Path) -> Result:
+    """The Result of a run that has been written."""
+    folder = Path(folder)
+    report = folder / "report.html"
+    return Result(folder, read_metrics(folder), report if report.exists() else None)
