@@ -47,7 +47,7 @@ def _by_effective_number(counts: Tensor, beta: float) -> Tensor:
     elif beta == 1:
         raw = 1 / n
     else:
-        raw = 1 / -torch.expm1(n * math.log1p(beta - 1))
+        raw = 1 / -torch.expm1(n * math.log(beta))
     raw = torch.where(n > 0, raw, 0)
     return raw * (n > 0).sum() / raw.sum()
 

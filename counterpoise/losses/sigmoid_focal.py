@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from counterpoise._core import Loss, Spec, check_number, combine_inner, reduce_losses
 from counterpoise.losses._inputs import check_multilabel, labels_and_live
@@ -60,7 +60,7 @@ def sigmoid_focal_loss(
     check_multilabel(logits, target, mask, weight)
     check_number("gamma", gamma, 0)
     z, t, counted = labels_and_live(logits, target, mask)
-    losses = binary_cross_entropy_with_logits(z, t, reduction="none")
+    losses = -(t * logsigmoid(z) + (1 - t) * logsigmoid(-z))  # torch's form cancels where a negative is easy
     if gamma > 0:
         losses = losses * torch.exp(gamma * log_one_minus_p_t(z, t, soft=target.is_floating_point()))
     if alpha is not None:

@@ -75,6 +75,7 @@ def build(config: Mapping[str, Any], folder: Path) -> Parts:
         raise ConfigError(str(error)) from error
     recipe_node = {key: value for key, value in config["recipe"].items() if key != "name"}
     recipe = make("recipe", recipe_node, {**facts, **parts})
+    _try_out(parts["optimizer"], parts["scheduler"], recipe)
     callbacks = [
         make(f"callbacks.{name}", node, {**facts, "folder": folder / "checkpoints"})
         for name, node in (config.get("callbacks") or {}).items()
@@ -143,6 +144,18 @@ def _completion(path: str, part: functools.partial[Any], facts: Mapping[str, Any
             hint = ": the data has no groups" if name == "group_counts" else ""
             raise ConfigError(f"{path}.{name} is missing, and {part.func.__qualname__} needs it{hint}")
     return given
+
+
+def _try_out(optimizer: Any, scheduler: Any, recipe: pl.LightningModule) -> None:
+    """Optimiser and scheduler refuse their settings when called, and Lightning calls them after the start."""
+    path = "optimizer"
+    try:
+        made = None if optimizer is None else optimizer([p for p in recipe.parameters() if p.requires_grad])
+        path = "scheduler"
+        if made is not None and scheduler is not None:
+            scheduler(made, total_steps=100)
+    except REFUSALS as error:
+        raise ConfigError(f"{path}: {one_sentence(error)}") from error
 
 
 def _needs(node: Mapping[str, Any]) -> tuple[str, ...]:

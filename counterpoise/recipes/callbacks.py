@@ -95,11 +95,19 @@ class Checkpoints(pl.Callback):
         self.best_epoch: int | None = None
         self._saved_step = 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        """Saves ``last.ckpt``; the epoch's last batch is left to the epoch's end."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The state that a run starts from is not written again."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        """Saves ``last.ckpt`` of the steps so far, before the next one.
+
+        Only now has everything heard of the last batch: a module's own ``on_train_batch_end``, where banks are filled,
+        runs behind those of the callbacks. Before an epoch's last batch nothing is saved; its end is one step away.
+        """
         step = trainer.global_step
-        in_epoch = not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if in_epoch and step % self.every_n_steps == 0 and step != self._saved_step:
+        last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if step % self.every_n_steps == 0 and step != self._saved_step and not last_batch:
             self._save(trainer, "last.ckpt")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -27,6 +27,7 @@ def train() -> None:
 
     sys.path.insert(0, str(Path.cwd()))  # the user's own modules, as python -m has it
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    sys.argv[1:] = composition.overrides_first(sys.argv[1:])
     composition.prefer_the_users_configs(sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name="train")(_task)()

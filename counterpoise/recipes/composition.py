@@ -22,7 +22,18 @@ from counterpoise.recipes.run_folder import new_folder, unfinished
 from counterpoise.recipes.validation import GROUPS, check_config, locate, parameters
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: Hydra's word on group=null
+FLAGS_WITH_VALUE = "--config-dir -cd --config-name -cn --config-path -cp --package -p --cfg -c --info -i".split()
 RUN_FOLDER_VARIABLE = "COUNTERPOISE_RUN_FOLDER"  # tells the other ranks which folder rank 0 chose
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments with flags behind the overrides, which Hydra wants in one piece."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        is_flag = argument.startswith("-") or previous in FLAGS_WITH_VALUE
+        (flags if is_flag else overrides).append(argument)
+    return overrides + flags
 
 
 def prefer_the_users_configs(arguments: Sequence[str]) -> None:
@@ -121,7 +132,7 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         return f"override {error.override!r} cannot be read, expected key=value (quote special characters: 'key=\"a=b\"')"
     text = one_sentence(error).rstrip(".")
     if text.startswith("Config group override"):
-        return f"{text}, for a group takes the name of an option: to leave the group out, write ~group"
+        return "a group was given something that is no name, expected group=option, or ~group to leave it out"
     if text.startswith("Ambiguous value"):
         return f"{text}: to run each of them, add -m"
     key = _failed_key(error)

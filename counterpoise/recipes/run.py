@@ -88,6 +88,7 @@ def fit(
     added = [*callbacks, history, RandomStates()]
     if not any(isinstance(c, Checkpoints) for c in added):
         added.append(Checkpoints(folder / "checkpoints", monitor=getattr(recipe, "monitor", "val/balanced_accuracy")))
+    added.sort(key=lambda c: isinstance(c, Checkpoints))  # last, so that they save what the others hold by then
     options = {"deterministic": True, "enable_progress_bar": True, **trainer_options}
     if options["enable_progress_bar"]:
         added.append(RichProgressBar())

@@ -53,7 +53,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         _walk(group, config.get(group))
     for group in NEEDED:
         if "_target_" not in (config.get(group) or {}):
-            raise ConfigError(f"{group} has no _target_, expected the dotted name of a {group}")
+            raise ConfigError(f"{group} has no _target_, expected an option of that group")
     for key in config.get("trainer") or {}:
         if key in SET_BY_THE_RUN:
             raise ConfigError(f"trainer.{key} is set by the run itself, expected it left out")

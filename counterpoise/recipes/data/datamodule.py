@@ -149,10 +149,10 @@ class LabelledData(pl.LightningDataModule):
         """The position from the training loop: a sampler's own counter runs ahead through prefetching."""
         if self.trainer is None:
             return dict(self._position)
-        loop = self.trainer.fit_loop
-        batches = loop.epoch_loop.batch_progress
-        done = 0 if batches.is_last_batch else batches.current.processed
-        return {"epoch": loop.epoch_progress.current.processed, "batches": done}
+        loop: Any = self.trainer.fit_loop
+        epoch = loop.epoch_progress.current
+        at_its_end = epoch.processed > epoch.completed
+        return {"epoch": epoch.processed, "batches": 0 if at_its_end else loop.epoch_loop.batch_progress.current.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next training loader starts behind ``batches`` of ``epoch``."""
