@@ -56,9 +56,8 @@ def _as_counts(class_counts: ClassCounts) -> Tensor:
     counts = torch.as_tensor(class_counts)
     if counts.ndim != 1 or counts.numel() == 0:
         raise ValueError(f"class_counts has shape {tuple(counts.shape)}, expected (C,) with C >= 1")
-    if counts.is_floating_point():
-        if not (counts == counts.round()).all():
-            raise ValueError("class_counts holds fractions, expected whole numbers of examples")
+    if counts.is_floating_point() and not (counts == counts.round()).all():
+        raise ValueError("class_counts holds fractions, expected whole numbers of examples")
     counts = counts.to(torch.int64)
     if (counts < 0).any():
         raise ValueError(f"class_counts holds {int(counts.min())}, expected numbers >= 0")

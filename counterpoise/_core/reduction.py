@@ -61,7 +61,7 @@ def reduce_losses(
         losses: (N,), or (N, ...) where entries were not combined.
         counted: bool of the same shape, True = counts; what does not count is zero in "none" and left out of the mean.
         weight: (N,), multiplies the losses.
-        carried_weight: weights already inside ``losses`` (class weights), of their shape; only normalizer="weight" reads it.
+        carried_weight: weights already inside ``losses`` (class weights), of their shape; read by normalizer="weight".
         positives: 0-d count, for normalizer="positives"; None = rows that count.
         reduction: "none", "mean" or "sum".
         normalizer: what "mean" divides by: "count" (rows that count), "weight" (sum of all weights), "positives",
@@ -70,7 +70,7 @@ def reduce_losses(
             that the mean over ranks is what one process would get.
 
     Returns:
-        a tensor of the shape of ``losses`` for "none", else 0-d. Nothing that counts gives a zero connected to the graph.
+        a tensor of the shape of ``losses`` for "none", else 0-d; where nothing counts, a zero connected to the graph.
     """
     check_reduction(reduction, normalizer)
     if weight is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Union, get_args
+from typing import Literal, get_args
 
 Distributed = Literal["local", "gathers", "statistics", "order_statistics", "single_process"]
 Origin = Literal["verified", "derived", "from_memory"]
@@ -19,7 +19,7 @@ class No:
         return False
 
 
-Answer = Union[bool, No]
+Answer = bool | No
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How views attract and repel: ``(embeddings, ..) -> loss per anchor``.
 
-Called as ``loss(view1, view2)`` or ``loss(embeddings, labels=labels)``. Embeddings are normalised by the objective unless
-it is told otherwise; banks and masks are arguments; under several ranks the objectives are exact.
+Called as ``loss(view1, view2)`` or ``loss(embeddings, labels=labels)``. Embeddings are normalised by the objective
+unless it is told otherwise; banks and masks are arguments; under several ranks the objectives are exact.
 """
 
 from counterpoise.contrastive.barlow_twins import BarlowTwinsLoss, barlow_twins_loss

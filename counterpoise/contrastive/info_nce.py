@@ -3,8 +3,8 @@ r"""The one InfoNCE: queries against keys, with rules for what is positive and w
 .. math:: \ell_i = -\sum_j t_{ij} \Big( s_{ij} - \log \sum_{k \in \mathrm{cand}(i)} a_k e^{s_{ik}} \Big), \qquad
           s_{ij} = \frac{q_i \cdot k_j}{\tau}
 
-with t the positive rule normalised to sum to one over j, and a_k = exp(key_log_weight_k). Rules are functions of ids, so
-they can be evaluated on a tile of rows: beyond ``tile_elements`` similarities the rows are taken in tiles that are
+with t the positive rule normalised to sum to one over j, and a_k = exp(key_log_weight_k). Rules are functions of ids,
+so they can be evaluated on a tile of rows: beyond ``tile_elements`` similarities the rows are taken in tiles that are
 recomputed in the backward pass, and memory grows with the tile and not with N * M.
 
 Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018, eq. 4; the masked form
@@ -75,7 +75,7 @@ def info_nce(
         query_ids: (N, 2), key_ids: (M, 2) int64, see :data:`Rule`.
         positive: (n, M) bool or probabilities >= 0, normalised over the keys here.
         candidate: (n, M) bool: what the log-sum-exp runs over.
-        key_log_weight: (M,), added to a key's logits in the log-sum-exp; -inf takes the key out of it and of the positives.
+        key_log_weight: (M,), added to a key's logits in the log-sum-exp; -inf takes the key out, also as a positive.
         extra_logits: (N, K) further candidates that are never positive, already divided by the temperature.
         temperature: divisor > 0, a number, 0-d or (N,).
         row_weight: (N,), multiplies the row losses.

@@ -4,8 +4,8 @@ r"""NT-Xent, the normalised-temperature cross-entropy of SimCLR; with a memory b
 
 over all V*N rows, i+ the same example's other view. With a bank the anchors are ``z``, the positives ``other`` and the
 negatives the bank's keys alone. With labels, examples of one label are positives of one another and their
-log-probabilities are averaged (pytorch-metric-learning instead forms a pair at a time and drops the other positives from
-the denominator).
+log-probabilities are averaged (pytorch-metric-learning instead forms a pair at a time and drops the other positives
+from the denominator).
 
 Several ranks: local rows against the keys of all ranks, gathered with gradient.
 

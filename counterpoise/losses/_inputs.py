@@ -66,9 +66,7 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         _check_mask(mask, (logits.shape[:1], indices_shape))
 
 
-def class_indices(
-    target: Tensor, num_classes: int, ignore_index: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def class_indices(target: Tensor, num_classes: int, ignore_index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Class indices as int64 with 0 where an entry does not count, and which entries do.
 
     Raises ValueError for an index outside [0, C - 1] that is not ``ignore_index``.

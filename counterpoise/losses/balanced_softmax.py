@@ -85,9 +85,7 @@ class BalancedSoftmaxLoss(Loss):
         normalizer: str | float = "count",
         sync: bool = False,
     ) -> None:
-        super().__init__(
-            ignore_index=ignore_index, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync
-        )
+        super().__init__(ignore_index=ignore_index, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
         self.statistics = ClassStatistics(class_counts, zero_count)
         self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
 

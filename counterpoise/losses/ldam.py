@@ -146,7 +146,7 @@ class LDAMLoss(Loss):
         largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
         if largest > 1 + 1e-2:
             warnings.warn(
-                f"LDAMLoss got logits of up to {largest:.3g}, expected cosines in [-1, 1]: use CosineLinear as the head",
+                f"LDAMLoss got logits of up to {largest:.3g}, expected cosines in [-1, 1]: use a CosineLinear head",
                 stacklevel=3,
             )
 

@@ -108,9 +108,7 @@ class SigmoidFocalLoss(Loss):
         normalizer: str | float = "count",
         sync: bool = False,
     ) -> None:
-        super().__init__(
-            alpha=alpha, gamma=gamma, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync
-        )
+        super().__init__(alpha=alpha, gamma=gamma, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
         check_number("gamma", gamma, 0)
         if alpha is not None:
             check_number("alpha", alpha, 0, 1)

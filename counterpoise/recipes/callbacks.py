@@ -52,7 +52,9 @@ class DeferredReweighting(pl.Callback):
         if "class_weight" not in getattr(loss, "_buffers", {}):
             raise ValueError(f"deferred re-weighting got {type(loss).__name__}, expected a loss with class_weight")
         if stage == "fit" and loss.class_weight is not None:
-            raise ValueError(f"{type(loss).__name__} has class_weight already: it and deferred re-weighting would multiply")
+            raise ValueError(
+                f"{type(loss).__name__} has class_weight already, and deferred re-weighting sets it: drop one"
+            )
         self._apply(trainer, pl_module, epoch=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -82,23 +82,23 @@ def settle(cfg: DictConfig) -> tuple[dict[str, Any], Path, bool]:
     resume, output_dir, recipe = cfg.get("resume"), cfg.get("output_dir"), OmegaConf.select(cfg, "recipe.name")
     if not recipe:
         raise ConfigError("recipe.name is missing, expected the name that run folders get")
-    check_config(_plain(cfg, Path(".")))
+    check_config(resolved(cfg, Path(".")))
     chosen = os.environ.get(RUN_FOLDER_VARIABLE)
     if chosen is not None and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         folder, going_on = Path(chosen), bool(resume)
     elif resume is None:
         folder, going_on = new_folder(output_dir, recipe), False
     elif resume == "auto":
-        found = unfinished(output_dir, recipe, lambda folder: _plain(cfg, folder))
+        found = unfinished(output_dir, recipe, lambda folder: resolved(cfg, folder))
         folder, going_on = (found, True) if found else (new_folder(output_dir, recipe), False)
     else:
         folder, going_on = Path(resume).absolute(), True
-        _check_same_run(folder, _plain(cfg, folder))
+        _check_same_run(folder, resolved(cfg, folder))
     os.environ[RUN_FOLDER_VARIABLE] = str(folder)
-    return _plain(cfg, folder), folder, going_on
+    return resolved(cfg, folder), folder, going_on
 
 
-def _plain(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def resolved(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The configuration as a dict, resolved for a run in ``folder``."""
     OmegaConf.register_new_resolver("run_dir", lambda: str(folder), replace=True)
     try:

@@ -89,10 +89,18 @@ class LongTailed(pl.LightningModule):
         if self.reweighter is None:
             total = self._losses(logits, batch, weight=weight, mask=mask)
         else:
-            told = {name: batch.get(name) for name in ("target", "group", "index")}
             losses = self._losses(logits, batch, mask=mask)
-            total = reweighted_loss(losses, self.reweighter, weight=weight, mask=mask, **told)  # type: ignore[arg-type]
-        self.log("train/loss", total.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(logits))
+            told: dict[str, Any] = {name: batch.get(name) for name in ("target", "group", "index")}
+            total = reweighted_loss(losses, self.reweighter, weight=weight, mask=mask, **told)
+        self.log(
+            "train/loss",
+            total.detach(),
+            on_step=False,
+            on_epoch=True,
+            sync_dist=True,
+            prog_bar=True,
+            batch_size=len(logits),
+        )
         return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -100,13 +108,8 @@ class LongTailed(pl.LightningModule):
         logits = self.model(batch["input"])
         self.val_accuracy.update(logits, batch["target"])
         self.val_balanced_accuracy.update(logits, batch["target"])
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs and clears the accuracies."""
-        self.log("val/accuracy", self.val_accuracy.compute())
-        self.log("val/balanced_accuracy", self.val_balanced_accuracy.compute(), prog_bar=True)
-        self.val_accuracy.reset()
-        self.val_balanced_accuracy.reset()
+        self.log("val/accuracy", self.val_accuracy, batch_size=len(logits))
+        self.log("val/balanced_accuracy", self.val_balanced_accuracy, prog_bar=True, batch_size=len(logits))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What predictions.npz holds: index, target, logits, and group where known."""
@@ -170,7 +173,7 @@ def check_sampler(loss: nn.Module, sampler: Any) -> str | None:
     name = type(sampler).__name__
     if not hasattr(sampler, "class_probabilities") or not hasattr(loss, "statistics"):
         raise ValueError(
-            f"loss {type(loss).__name__} corrects for the class prior and sampler {name} may change it: give the sampler "
-            "a class_probabilities property (C,), or use sampler=shuffle"
+            f"loss {type(loss).__name__} corrects for the class prior and sampler {name} may change it: give the "
+            "sampler a class_probabilities property (C,), or use sampler=shuffle"
         )
     return f"{type(loss).__name__} uses the prior that {name} samples, not that of the data."

@@ -109,7 +109,8 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
 def write_predictions(folder: Path, predictions: Mapping[str, torch.Tensor]) -> None:
     """predictions.npz: index, target, logits, and group where known."""
     aside = folder / "predictions.part.npz"
-    np.savez_compressed(aside, **{name: x.numpy() for name, x in predictions.items()})
+    arrays: dict[str, Any] = {name: x.numpy() for name, x in predictions.items()}
+    np.savez_compressed(aside, **arrays)
     os.replace(aside, folder / "predictions.npz")
 
 

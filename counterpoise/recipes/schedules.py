@@ -11,9 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from counterpoise._core import check_number
 
 
-def _scheduler(
-    optimizer: Optimizer, total_steps: int, warmup: float, factor_at: Callable[[float], float]
-) -> LambdaLR:
+def _scheduler(optimizer: Optimizer, total_steps: int, warmup: float, factor_at: Callable[[float], float]) -> LambdaLR:
     check_number("warmup", warmup, 0, 1)
     warm = round(warmup * total_steps)
 
@@ -30,9 +28,11 @@ def constant(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> Lam
 
 def cosine(optimizer: Optimizer, total_steps: int, warmup: float = 0.0) -> LambdaLR:
     """Half a cosine from the learning rate to zero. Source: Loshchilov and Hutter, SGDR, 2017, eq. 5."""
-    return _scheduler(
-        optimizer, total_steps, warmup, lambda progress: 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
-    )
+
+    def half_cosine(progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
+
+    return _scheduler(optimizer, total_steps, warmup, half_cosine)
 
 
 def multistep(
@@ -45,6 +45,4 @@ def multistep(
     """Multiplies the learning rate by ``factor`` at each fraction in ``milestones`` of the ``total_steps``."""
     for milestone in milestones:
         check_number("milestones", milestone, 0, 1)
-    return _scheduler(
-        optimizer, total_steps, warmup, lambda progress: factor ** sum(progress >= m for m in milestones)
-    )
+    return _scheduler(optimizer, total_steps, warmup, lambda progress: factor ** sum(progress >= m for m in milestones))

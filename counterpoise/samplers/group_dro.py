@@ -1,13 +1,14 @@
 r"""Group DRO: weights that follow the worst group, by exponentiated ascent.
 
 .. math:: L_g = \frac{1}{n_g^{batch}} \sum_{i \in g} \ell_i, \quad A_g = L_g + \frac{C_g}{\sqrt{n_g}}, \quad
-          q_g \leftarrow \frac{q_g\, e^{\eta A_g}}{\sum_h q_h\, e^{\eta A_h}}, \quad w_i = \frac{q_{g_i}}{n_{g_i}^{batch}}
+          q_g \leftarrow \frac{q_g\, e^{\eta A_g}}{\sum_h q_h\, e^{\eta A_h}}, \quad
+          w_i = \frac{q_{g_i}}{n_{g_i}^{batch}}
 
 so that sum_i w_i l_i = sum_g q_g L_g, with q from after the update. Strong weight decay or early stopping is essential:
 a model that fits every training example leaves the weights nothing to work on.
 
 Groups absent from a batch: the released code multiplies the present ones and renormalises all, so rare groups lose
-weight just by being absent; here their weight stays (``absent="freeze"``), ``absent="renormalize"`` is the released rule.
+weight just by being absent; here their weight stays (``absent="freeze"``; "renormalize" is the released rule).
 The duals are kept as log q: a weight that underflows would never come back.
 
 Source: Sagawa et al., Distributionally Robust Neural Networks for Group Shifts, 2020, algorithm 1; size adjustments:

@@ -89,6 +89,6 @@ def test_groups_that_do_not_fit(part: type) -> None:
 
 @pytest.mark.parametrize("part", SAMPLERS, ids=ids(SAMPLERS))
 def test_samplers_refuse_no_samples(part: type) -> None:
-    with pytest.raises(ValueError, match="targets|num_samples"):
-        part(**{**{"num_epochs": 3, "targets": torch.tensor([], dtype=torch.int64)}} if "num_epochs" in part.spec.needs
-             else {"targets": torch.tensor([], dtype=torch.int64)})
+    epochs = {"num_epochs": 3} if "num_epochs" in part.spec.needs else {}
+    with pytest.raises(ValueError, match=r"targets|num_samples"):
+        part(targets=torch.tensor([], dtype=torch.int64), **epochs)

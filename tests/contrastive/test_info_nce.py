@@ -61,9 +61,7 @@ def test_one_positive_a_row_is_cross_entropy_of_the_similarities() -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(5, WIDTH, dtype=torch.float64, generator=generator) for _ in range(2))
     ids = torch.stack([torch.arange(5), torch.arange(5)], dim=1)
-    result = info_nce(
-        q, k, query_ids=ids, key_ids=ids + torch.tensor([100, 0]), candidate=not_self, temperature=0.2
-    )
+    result = info_nce(q, k, query_ids=ids, key_ids=ids + torch.tensor([100, 0]), candidate=not_self, temperature=0.2)
     assert_close(result.loss, cross_entropy(q @ k.T / 0.2, torch.arange(5), reduction="none"))
 
 
@@ -127,7 +125,11 @@ def test_a_doubled_key_is_a_key_of_weight_two_to_the_sum() -> None:
     x = inputs()
     w = torch.zeros(KEYS, dtype=torch.float64)
     w[8] = math.log(2)  # nobody's positive
-    doubled = {**x, "keys": torch.cat([x["keys"], x["keys"][8:]]), "key_ids": torch.cat([x["key_ids"], x["key_ids"][8:]])}
+    doubled = {
+        **x,
+        "keys": torch.cat([x["keys"], x["keys"][8:]]),
+        "key_ids": torch.cat([x["key_ids"], x["key_ids"][8:]]),
+    }
     assert_close(info_nce(**x, key_log_weight=w).loss, info_nce(**doubled).loss)
 
 

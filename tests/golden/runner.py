@@ -18,7 +18,7 @@ class NotMapped(Exception):
 
 
 def parse(value: Any) -> Any:
-    """"inf", "-inf" and "nan" to floats, inside lists too."""
+    """ "inf", "-inf" and "nan" to floats, inside lists too."""
     if isinstance(value, list):
         return [parse(v) for v in value]
     return float(value) if value in ("inf", "-inf", "nan") else value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +32,8 @@ def rows(*shape: int) -> tuple[Tensor, Tensor]:
     return logits, torch.arange(6 * math.prod(shape)).reshape(6, *shape) % 4
 
 
-def elementwise(logits: Tensor, target: Tensor, **options: float) -> Tensor:
-    return sigmoid_focal_loss(logits, target, inner="none", reduction="none", **options)  # type: ignore[arg-type]
+def elementwise(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return sigmoid_focal_loss(logits, target, inner="none", reduction="none", **options)
 
 
 # Sigmoid: values
@@ -42,7 +44,7 @@ def elementwise(logits: Tensor, target: Tensor, **options: float) -> Tensor:
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 def test_every_entry_is_the_textbook_formula(soft: bool, gamma: float, alpha: float | None) -> None:
     logits, labels = entries(soft=soft)
-    ours = elementwise(logits, labels, gamma=gamma, alpha=alpha)  # type: ignore[arg-type]
+    ours = elementwise(logits, labels, gamma=gamma, alpha=alpha)
     for z, t, loss in zip(logits.flatten().tolist(), labels.flatten().tolist(), ours.flatten(), strict=True):
         p = 1 / (1 + math.exp(-z))
         p_t = p * t + (1 - p) * (1 - t)
@@ -286,7 +288,11 @@ def test_a_batch_of_background_alone_is_divided_by_one() -> None:
     [
         (lambda: SigmoidFocalLoss(gamma=-1.0), ValueError, r"gamma is -1.0, expected a number in \[0, inf\]"),
         (lambda: SigmoidFocalLoss(alpha=2.0), ValueError, r"alpha is 2.0, expected a number in \[0, 1\]"),
-        (lambda: sigmoid_focal_loss(entries()[0], entries()[1] + 1), ValueError, r"target holds .*, expected labels in"),
+        (
+            lambda: sigmoid_focal_loss(entries()[0], entries()[1] + 1),
+            ValueError,
+            r"target holds .*, expected labels in",
+        ),
         (lambda: softmax_focal_loss(rows()[0], rows()[0]), TypeError, r"expected class indices of an integer type"),
         (lambda: softmax_focal_loss(rows()[0][:, :1], rows()[1]), ValueError, r"expected at least two classes"),
     ],

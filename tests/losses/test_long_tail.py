@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from decimal import Decimal, getcontext
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -79,13 +81,13 @@ def test_balanced_softmax_is_cross_entropy_of_logits_plus_log_counts() -> None:
 
 
 @pytest.mark.parametrize("loss", [logit_adjusted_loss, balanced_softmax_loss, ldam_loss])
-def test_only_ratios_of_counts_matter(loss) -> None:  # type: ignore[no-untyped-def]
+def test_only_ratios_of_counts_matter(loss: Callable[..., Any]) -> None:
     tenfold = [10 * n for n in COUNTS]
     assert_close(loss(*rows(), class_counts=COUNTS), loss(*rows(), class_counts=tenfold))
 
 
 @pytest.mark.parametrize("loss", [logit_adjusted_loss, balanced_softmax_loss, ldam_loss, class_balanced_loss])
-def test_gradient_rows_sum_to_zero(loss) -> None:  # type: ignore[no-untyped-def]
+def test_gradient_rows_sum_to_zero(loss: Callable[..., Any]) -> None:
     """A softmax does not see a constant added to all logits of a row."""
     logits, target = rows()
     logits.requires_grad_()
@@ -245,9 +247,7 @@ def test_focal_base_is_the_sum_over_classes_of_the_printed_formula() -> None:
     for z, y in zip(logits, target.tolist(), strict=True):
         p_t = [p if c == y else 1 - p for c, p in enumerate(z.sigmoid())]
         expected.append(effective_number_weights(COUNTS, 0.9)[y] * sum(-((1 - p) ** 1.5) * p.log() for p in p_t))
-    ours = class_balanced_loss(
-        logits, target, class_counts=COUNTS, beta=0.9, base="focal", gamma=1.5, reduction="none"
-    )
+    ours = class_balanced_loss(logits, target, class_counts=COUNTS, beta=0.9, base="focal", gamma=1.5, reduction="none")
     assert_close(ours, torch.stack(expected))
 
 
@@ -294,14 +294,14 @@ def test_weights_keep_their_digits_near_one(beta: str) -> None:
 
 
 @pytest.mark.parametrize("loss", FAMILY)
-def test_an_empty_class_is_refused_by_name(loss) -> None:  # type: ignore[no-untyped-def]
+def test_an_empty_class_is_refused_by_name(loss: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"class_counts has no example of class 1, 3: drop the class, or pass zero_"):
         loss([5, 0, 3, 0])
 
 
 @pytest.mark.parametrize("policy", ["ignore", "smooth"])
 @pytest.mark.parametrize("loss", FAMILY)
-def test_an_empty_class_leaves_value_and_gradient_finite(loss, policy: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_empty_class_leaves_value_and_gradient_finite(loss: Callable[..., Any], policy: str) -> None:
     logits, target = rows()
     logits.requires_grad_()
     value = loss(EMPTY, zero_count=policy)(logits, target)
@@ -356,7 +356,7 @@ def test_an_unknown_policy_is_refused_with_a_hint() -> None:
 
 
 @pytest.mark.parametrize("loss", PRIOR_BASED)
-def test_set_prior_makes_it_the_loss_of_other_counts(loss) -> None:  # type: ignore[no-untyped-def]
+def test_set_prior_makes_it_the_loss_of_other_counts(loss: Callable[..., Any]) -> None:
     other = [10, 40, 30, 20]
     told = loss(COUNTS)
     told.statistics.set_prior(torch.tensor(other) / 100)
@@ -364,7 +364,7 @@ def test_set_prior_makes_it_the_loss_of_other_counts(loss) -> None:  # type: ign
 
 
 @pytest.mark.parametrize("loss", [LogitAdjustedLoss, BalancedSoftmaxLoss])
-def test_a_uniform_sampled_prior_makes_the_adjustment_a_no_op(loss) -> None:  # type: ignore[no-untyped-def]
+def test_a_uniform_sampled_prior_makes_the_adjustment_a_no_op(loss: Callable[..., Any]) -> None:
     balanced = loss(COUNTS)
     balanced.statistics.set_prior(torch.full((CLASSES,), 1 / CLASSES))
     assert_close(balanced(*rows()), cross_entropy(*rows()))
@@ -383,7 +383,7 @@ def test_a_prior_that_is_no_distribution_is_refused(prior: list[float]) -> None:
 
 
 @pytest.mark.parametrize("loss", PRIOR_BASED)
-def test_state_dict_carries_counts_and_prior(loss) -> None:  # type: ignore[no-untyped-def]
+def test_state_dict_carries_counts_and_prior(loss: Callable[..., Any]) -> None:
     saved = loss(COUNTS)
     saved.statistics.set_prior(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     loaded = loss([1] * CLASSES)
@@ -394,7 +394,7 @@ def test_state_dict_carries_counts_and_prior(loss) -> None:  # type: ignore[no-u
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("loss", FAMILY)
-def test_casting_a_model_leaves_the_prior_its_precision(loss, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_casting_a_model_leaves_the_prior_its_precision(loss: Callable[..., Any], dtype: torch.dtype) -> None:
     original, cast = loss(COUNTS), nn.Sequential(nn.Linear(2, 2), loss(COUNTS)).to(dtype)
     assert cast[0].weight.dtype == dtype
     assert cast[1].statistics.prior.dtype == torch.float64
@@ -408,7 +408,7 @@ def test_class_weights_keep_their_precision_too() -> None:
 
 
 @pytest.mark.parametrize("loss", FAMILY)
-def test_permuting_classes_together_with_counts_changes_nothing(loss) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_classes_together_with_counts_changes_nothing(loss: Callable[..., Any]) -> None:
     logits, target = rows()
     order = torch.tensor([2, 0, 3, 1])
     renamed = order.argsort()[target]
@@ -417,6 +417,6 @@ def test_permuting_classes_together_with_counts_changes_nothing(loss) -> None:  
 
 
 @pytest.mark.parametrize("loss", [logit_adjusted_loss, balanced_softmax_loss, ldam_loss, class_balanced_loss])
-def test_counts_of_another_number_of_classes_are_refused(loss) -> None:  # type: ignore[no-untyped-def]
+def test_counts_of_another_number_of_classes_are_refused(loss: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"has shape \(5,\), expected \(4,\), one entry a class"):
         loss(*rows(), class_counts=[1, 2, 3, 4, 5])

@@ -1,0 +1,1 @@
+"""The YAML of counterpoise-train, found by Hydra as pkg://counterpoise.recipes.conf."""

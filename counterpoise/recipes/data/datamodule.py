@@ -152,7 +152,8 @@ class LabelledData(pl.LightningDataModule):
         loop: Any = self.trainer.fit_loop
         epoch = loop.epoch_progress.current
         at_its_end = epoch.processed > epoch.completed
-        return {"epoch": epoch.processed, "batches": 0 if at_its_end else loop.epoch_loop.batch_progress.current.processed}
+        trained = loop.epoch_loop.batch_progress.current.processed
+        return {"epoch": epoch.processed, "batches": 0 if at_its_end else trained}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next training loader starts behind ``batches`` of ``epoch``."""

@@ -1,0 +1,169 @@
+"""Every YAML file of ``counterpoise/recipes/conf``: it composes, passes the checks, builds, and repeats no default wrongly."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from PIL import Image
+
+import counterpoise.losses
+import counterpoise.recipes
+import counterpoise.samplers
+from counterpoise.recipes.build import Parts, build
+from counterpoise.recipes.composition import settle
+from counterpoise.recipes.long_tailed import LongTailed
+from counterpoise.recipes.validation import GROUPS, HYDRA_WORDS, locate, parameters
+from tests.recipes.launching import as_if_alone
+
+CONF = Path(counterpoise.recipes.__file__).parent / "conf"
+FILES = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml"))
+OPTIONS = [name for name in FILES if "/" in name]
+MANDATORY = {"data/csv": ["data.path=table.csv", "data.label=y"], "data/image_folder": ["data.root=images"]}
+NEEDS_OTHERS = {"reweighter/group_dro": ["reweighter.by=target"]}
+NOT_BUILT = {
+    **dict.fromkeys(["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt"], "needs files that are downloaded"),
+    **dict.fromkeys(["logger/mlflow", "logger/wandb"], "needs an extra of its own"),
+}
+
+PAPER = "the papers' protocol"
+WORKERS = "images are decoded or augmented beside the training"
+SMALL = "a small set: more steps an epoch"
+IN_RUN_FOLDER = "inside the run folder"
+FROM_LOSS = "auto is read by build: cosine where the loss needs it"
+DIFFERENT = {
+    ("callbacks/early_stopping", "mode"): "the monitored value is an accuracy",
+    ("callbacks/early_stopping", "patience"): "balanced accuracy on few examples a class is noisy",
+    ("data/cifar100_lt", "num_workers"): WORKERS,
+    ("data/cifar10_lt", "num_workers"): WORKERS,
+    ("data/csv", "batch_size"): SMALL,
+    ("data/digits_lt", "batch_size"): SMALL,
+    ("data/image_folder", "batch_size"): SMALL,
+    ("data/image_folder", "num_workers"): WORKERS,
+    ("logger/csv", "name"): IN_RUN_FOLDER,
+    ("logger/mlflow", "experiment_name"): "runs of a recipe belong together",
+    ("logger/mlflow", "tracking_uri"): IN_RUN_FOLDER,
+    ("logger/tensorboard", "name"): IN_RUN_FOLDER,
+    ("logger/wandb", "project"): "wandb asks for one",
+    ("logger/wandb", "save_dir"): IN_RUN_FOLDER,
+    ("loss/ldam", "normalizer"): "deferred re-weighting: weights must not change the size of the step",
+    ("loss/sigmoid_focal", "inner"): "one-hot targets: the mean over classes would shrink with their number",
+    ("model/mlp", "head"): FROM_LOSS,
+    ("model/resnet32", "head"): FROM_LOSS,
+    ("model/small_cnn", "head"): FROM_LOSS,
+    ("optimizer/sgd", "lr"): PAPER,
+    ("optimizer/sgd", "momentum"): PAPER,
+    ("optimizer/sgd", "weight_decay"): PAPER,
+    ("scheduler/cosine", "warmup"): "5 % of the steps, so that a first large step cannot diverge",
+    ("scheduler/multistep", "factor"): PAPER,
+    ("scheduler/multistep", "warmup"): PAPER,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A working folder with a table of three classes and images of two in it."""
+    rows = [f"{i % 7},{i % 5},{i % 3}" for i in range(90)]
+    (tmp_path / "table.csv").write_text("\n".join(["a,b,y", *rows]))
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "images" / label / f"{i}.png")
+    with as_if_alone(tmp_path, ["counterpoise-train"]):
+        yield tmp_path
+
+
+def overrides_for(name: str) -> list[str]:
+    """What chooses the option ``name`` of a group, and what it cannot do without."""
+    group, _, option = name.rpartition("/")
+    chosen = [f"{group}={option}"] if group else []
+    return [*chosen, *MANDATORY.get(name, []), *NEEDS_OTHERS.get(name, [])]
+
+
+def settled(name: str) -> dict[str, Any]:
+    """The checked configuration that ``counterpoise-train`` would launch."""
+    with initialize_config_module("counterpoise.recipes.conf", version_base="1.3"):
+        return settle(compose("train", overrides=overrides_for(name)))[0]
+
+
+def nodes(node: Any) -> Iterator[Mapping[str, Any]]:
+    """Every mapping with a ``_target_`` in a YAML file."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node
+        for inner in node.values():
+            yield from nodes(inner)
+
+
+def targets(name: str) -> list[Mapping[str, Any]]:
+    return list(nodes(yaml.safe_load((CONF / f"{name}.yaml").read_text())))
+
+
+def differing(name: str) -> Iterator[str]:
+    """The keys of a file whose value is not the default of the parameter they set."""
+    for node in targets(name):
+        known = parameters(locate(name, node["_target_"]))
+        for key in node.keys() - set(HYDRA_WORDS):
+            default = known[key].default if key in known else inspect.Parameter.empty
+            default = list(default) if isinstance(default, tuple) else default
+            if default is not inspect.Parameter.empty and default != node[key]:
+                yield key
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_composes_and_passes_the_checks(name: str, folder: Path) -> None:
+    config = settled(name)
+    group = name.partition("/")[0]
+    if group in GROUPS and targets(name):
+        assert targets(name)[0]["_target_"] in yaml.safe_dump(config[group])
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - set(NOT_BUILT)))
+def test_it_builds(name: str, folder: Path) -> None:
+    assert isinstance(build(settled(name), folder), Parts)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_targets_exist(name: str) -> None:
+    for node in targets(name):
+        assert callable(locate(name, node["_target_"]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_defaults_are_those_of_the_signature_or_differ_for_a_reason(name: str) -> None:
+    assert {(name, key) for key in differing(name)} == {pair for pair in DIFFERENT if pair[0] == name}
+
+
+def test_each_reason_is_given() -> None:
+    assert all(DIFFERENT.values())
+    assert {name for name, _ in DIFFERENT} <= set(FILES)
+
+
+def test_our_parts_that_lack_facts_are_partial() -> None:
+    """A file that leaves out a parameter without a default must be completed, so it says ``_partial_``."""
+    for name in FILES:
+        for node in targets(name):
+            known = parameters(locate(name, node["_target_"])).values()
+            required = {p.name for p in known if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            assert node.get("_partial_") or required <= node.keys(), name
+
+
+def public_parts() -> list[type]:
+    """Losses, reweighters and samplers with a Spec that the long-tailed recipe takes."""
+    rooms = (counterpoise.losses, counterpoise.samplers)
+    exports = itertools.chain.from_iterable([getattr(room, name) for name in room.__all__] for room in rooms)
+    found = [part for part in exports if inspect.isclass(part) and hasattr(part, "spec")]
+    return [part for part in found if part.spec.task in (*LongTailed.tasks, "reweighter", "sampler")]
+
+
+@pytest.mark.parametrize("part", public_parts(), ids=lambda part: part.__name__)
+def test_every_public_part_that_fits_can_be_chosen_by_name(part: type) -> None:
+    group = {"reweighter": "reweighter", "sampler": "sampler"}.get(part.spec.task, "loss")  # type: ignore[attr-defined]
+    named = [locate(name, node["_target_"]) for name in OPTIONS if name.startswith(f"{group}/") for node in targets(name)]
+    assert part in named
