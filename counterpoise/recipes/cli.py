@@ -94,7 +94,9 @@ def _quiet() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # the data module restores the position
+    warnings.filterwarnings(
+        "ignore", message=".*dataloader is not resumable.*"
+    )  # the data module restores the position
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 

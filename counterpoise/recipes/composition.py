@@ -22,7 +22,10 @@ from counterpoise.recipes.run_folder import new_folder, unfinished
 from counterpoise.recipes.validation import GROUPS, check_config, locate, parameters
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError)  # ValueError: Hydra's word on group=null
-FLAGS_WITH_VALUE = "--config-dir -cd --config-name -cn --config-path -cp --package -p --cfg -c --info -i".split()
+FLAGS_WITH_VALUE = {
+    *("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp"),
+    *("--package", "-p", "--cfg", "-c", "--info", "-i"),
+}
 RUN_FOLDER_VARIABLE = "COUNTERPOISE_RUN_FOLDER"  # tells the other ranks which folder rank 0 chose
 
 
@@ -117,9 +120,11 @@ def _check_same_run(folder: Path, config: dict[str, Any]) -> None:
         raise ConfigError(f"resume is {str(folder)!r}, which has no config.yaml: expected a run folder, or auto")
     before = OmegaConf.to_container(OmegaConf.load(file))
     free = ("resume", "output_dir", "logger", "trainer")
-    for key in GROUPS + ("seed",):
+    for key in (*GROUPS, "seed"):
         if key not in free and config.get(key) != before.get(key):  # type: ignore[union-attr]
-            raise ConfigError(f"resume: {key} differs from that of the run in {str(folder)!r}, expected the same command")
+            raise ConfigError(
+                f"resume: {key} differs from that of the run in {str(folder)!r}, expected the same command"
+            )
 
 
 def explain(error: BaseException, arguments: Sequence[str]) -> str:
@@ -129,7 +134,9 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
         known = [name for name in error.options if not name.startswith("_")]
         return f"{group}={option} is not there, expected one of {', '.join(known)}{did_you_mean(option, known)}"
     if isinstance(error, OverrideParseException):
-        return f"override {error.override!r} cannot be read, expected key=value (quote special characters: 'key=\"a=b\"')"
+        return (
+            f"override {error.override!r} cannot be read, expected key=value (quote special characters: 'key=\"a=b\"')"
+        )
     text = one_sentence(error).rstrip(".")
     if text.startswith("Config group override"):
         return "a group was given something that is no name, expected group=option, or ~group to leave it out"

@@ -90,8 +90,15 @@ class LongTailed(pl.LightningModule):
             total = self._losses(logits, batch, weight=weight, mask=mask)
         else:
             losses = self._losses(logits, batch, mask=mask)
-            told: dict[str, Any] = {name: batch.get(name) for name in ("target", "group", "index")}
-            total = reweighted_loss(losses, self.reweighter, weight=weight, mask=mask, **told)
+            total = reweighted_loss(
+                losses,
+                self.reweighter,  # type: ignore[arg-type]
+                weight=weight,
+                mask=mask,
+                target=batch["target"],
+                group=batch.get("group"),
+                index=batch["index"],
+            )
         self.log(
             "train/loss",
             total.detach(),
@@ -113,8 +120,8 @@ class LongTailed(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What predictions.npz holds: index, target, logits, and group where known."""
-        kept = {name: batch[name] for name in ("index", "target", "group") if name in batch}
-        return {**kept, "logits": self.model(batch["input"]).float()}
+        kept: Batch = {name: batch[name] for name in ("index", "target", "group") if name in batch}
+        return kept | {"logits": self.model(batch["input"]).float()}
 
     def on_train_start(self) -> None:
         """Checks loss and sampler against each other."""

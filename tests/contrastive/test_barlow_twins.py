@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +148,6 @@ def test_views_given_apart_or_stacked_are_the_same() -> None:
     ],
     ids=["one example", "three views", "one view", "labels", "bank", "eps", "lambda"],
 )
-def test_what_does_not_fit_is_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_does_not_fit_is_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(BarlowTwinsLoss())

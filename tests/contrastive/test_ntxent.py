@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -197,8 +199,10 @@ def test_keys_of_the_same_label_in_the_bank_are_positives() -> None:
 def test_a_masked_example_has_no_part_in_a_bank_loss() -> None:
     first, second, keys = views(3)
     mask = torch.tensor([True, True, False, True, True])
-    ours = ntxent_loss(first, second, bank=bank_of(keys), mask=mask)
-    assert_close(ours, ntxent_loss(first[mask], second[mask], bank=bank_of(keys)))
+    for labels in (torch.arange(5), torch.tensor([0, 1, 0, 1, 0])):
+        ours = ntxent_loss(first, second, labels=labels, bank=bank_of(keys), mask=mask)
+        dropped = ntxent_loss(first[mask], second[mask], labels=labels[mask], bank=bank_of(keys))
+        assert_close(ours, dropped)
 
 
 def test_the_objective_only_reads_the_bank() -> None:
@@ -229,6 +233,6 @@ def test_a_gradient_reaches_the_positive_key_beside_a_bank() -> None:
     ],
     ids=["bank without view", "width", "shapes", "temperature", "reduction_over", "labels"],
 )
-def test_what_does_not_fit_is_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_does_not_fit_is_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

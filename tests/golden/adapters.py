@@ -181,10 +181,9 @@ def barlow_twins(case: Case) -> Outputs:
 
 
 def group_dro(case: Case) -> Outputs:
-    adjustment = case.param("adj") or [0.0]
-    if min(adjustment) <= 0:
+    adjustment, btl, alpha = case.param("adj") or [0.0], case.param("btl"), case.param("alpha")
+    if min(adjustment) <= 0 and not btl:
         adjustment = [0.0]  # the released code drops the whole adjustment as soon as one entry is zero
-    btl, alpha = case.param("btl"), case.param("alpha")
     counts = case.param("group_counts")
     dro = GroupDRO(
         counts,

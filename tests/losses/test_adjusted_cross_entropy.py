@@ -1,8 +1,10 @@
-"""The adjusted cross-entropy: torch's where torch has it, the printed formula where not, the named losses as settings."""
+"""The adjusted cross-entropy: torch's where torch has it, else the printed formula; settings have names."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +114,16 @@ def test_dense_rows_are_means_over_the_pixels_that_count() -> None:
     assert_close(cross_entropy_loss(logits, target), losses.sum() / 7)
 
 
+def test_a_dense_row_carries_the_mean_class_weight_of_the_pixels_that_count() -> None:
+    logits, target = rows(3)
+    target[0, :2] = target[3, 1] = -100
+    counted, w = target != -100, WEIGHT[target.clamp_min(0)]
+    pixels = cross_entropy(logits, target, WEIGHT, reduction="none")
+    values = sum(pixels[i][counted[i]].mean() for i in range(8))
+    weights = sum(w[i][counted[i]].mean() for i in range(8))
+    assert_close(cross_entropy_loss(logits, target, class_weight=WEIGHT, normalizer="weight"), values / weights)
+
+
 def test_a_mask_and_an_ignored_target_say_the_same() -> None:
     logits, target = rows(3)
     mask = torch.rand(8, 3, generator=torch.Generator().manual_seed(3)) > 0.4
@@ -218,7 +230,7 @@ def test_a_margin_on_the_target_only_raises_the_loss() -> None:
     ],
     ids=["cross_entropy", "logit_adjusted", "balanced_softmax", "ldam", "class_balanced"],
 )
-def test_a_named_loss_is_a_setting_of_the_one_formula(named, settings) -> None:  # type: ignore[no-untyped-def]
+def test_a_named_loss_is_a_setting_of_the_one_formula(named: Callable[..., Tensor], settings: dict[str, Any]) -> None:
     n = torch.tensor(COUNTS, dtype=torch.float64)
     vectors = {
         "1.3 log prior": 1.3 * (n / n.sum()).log(),
@@ -254,9 +266,9 @@ def test_set_class_weight_replaces_the_weights_of_a_loss() -> None:
         ({"inner": "median"}, r"inner is 'median', expected one of \['mean', 'sum', 'none'\]"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(options: dict[str, object], message: str) -> None:
+def test_settings_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        adjusted_cross_entropy(*rows(), **options)  # type: ignore[arg-type]
+        adjusted_cross_entropy(*rows(), **options)
 
 
 def test_a_class_index_out_of_range_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_gamma_zero_is_binary_cross_entropy(soft: bool) -> None:
 
 def test_it_falls_with_gamma_from_binary_cross_entropy() -> None:
     values = [elementwise(*entries(soft=True), gamma=gamma) for gamma in GAMMAS]
-    assert all((a > b).all() for a, b in zip(values, values[1:], strict=False))
+    assert all((a > b).all() for a, b in pairwise(values))
 
 
 def test_alpha_multiplies_positives() -> None:
@@ -185,7 +186,7 @@ def test_gamma_zero_is_cross_entropy() -> None:
 
 def test_softmax_focal_falls_with_gamma() -> None:
     values = [softmax_focal_loss(*rows(), gamma=gamma, reduction="none") for gamma in GAMMAS]
-    assert all((a > b).all() for a, b in zip(values, values[1:], strict=False))
+    assert all((a > b).all() for a, b in pairwise(values))
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -298,6 +299,6 @@ def test_a_batch_of_background_alone_is_divided_by_one() -> None:
     ],
     ids=["gamma", "alpha", "label", "probabilities", "one class"],
 )
-def test_what_does_not_fit_is_refused(call, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_does_not_fit_is_refused(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()

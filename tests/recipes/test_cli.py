@@ -1,4 +1,4 @@
-"""``counterpoise-train``: mistakes end with exit code 2 and one line before anything is trained; runs leave their folder.
+"""``counterpoise-train``: mistakes end with exit code 2 and one line before any training; runs leave their folder.
 
 Launches are in this process, see ``launching``; what only a process of its own can show has one.
 """
@@ -10,17 +10,21 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch import Tensor, nn
 
 from counterpoise.recipes import composition
 from counterpoise.recipes.errors import ConfigError
 from counterpoise.recipes.run import load_result
 from counterpoise.recipes.run_folder import drop_if_empty, new_folder, read_metrics
+from counterpoise.recipes.validation import accepts, spell
 from tests.recipes.launching import QUICK, Outcome, launch, launch_process
 
 BREAKS = '''
@@ -129,12 +133,18 @@ MISTAKES = {
         ["data=csv", "data.path=nan.csv", "data.label=y", "model=mlp"],
         "nan.csv, line 9, column 'b': 'nan' is not a finite number",
     ),
-    "one class": (["data=csv", "data.path=one.csv", "data.label=y", "model=mlp"], "one class, '1', expected at least 2"),
+    "one class": (
+        ["data=csv", "data.path=one.csv", "data.label=y", "model=mlp"],
+        "one class, '1', expected at least 2",
+    ),
     "a loss of another recipe": (
         ["--config-dir", "conf", "loss=two_view"],
         "NTXentLoss is a two_view objective, expected one of multiclass, multilabel",
     ),
-    "a value the part refuses": (["data.imbalance_factor=0.5"], r"data: imbalance_factor is 0.5, expected .*\[1, inf\]"),
+    "a value the part refuses": (
+        ["data.imbalance_factor=0.5"],
+        r"data: imbalance_factor is 0.5, expected .*\[1, inf\]",
+    ),
     "a value the optimiser refuses": (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
     "a value the scheduler refuses": (["scheduler.warmup=3"], r"scheduler: warmup is 3, expected a number in \[0, 1\]"),
     "a value the trainer refuses": (["trainer.max_epochs=-3"], "trainer: `max_epochs` must be a non-negative integer"),
@@ -413,5 +423,46 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
 
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="output_dir .* cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written: Not a directory"):
         new_folder(tmp_path / "file", "long_tailed")
+
+
+ACCEPTED = [
+    (float, 1),
+    (float | None, None),
+    (int | str, "auto"),
+    (list[int], [1, 2]),
+    (Sequence[float], []),
+    (Path, "folder"),
+    (Literal["a", "b"], "b"),
+    (float | Tensor, [1.0]),
+    (float, {"_target_": "math.sqrt"}),
+    (nn.Module, "what cannot be judged"),
+    (Any, None),
+]
+NOT_ACCEPTED = [
+    (float, "1"),
+    (float, True),
+    (int, 1.0),
+    (bool, 1),
+    (float, None),
+    (list[int], "12"),
+    (Literal["a", "b"], "c"),
+    (float | Tensor, "high"),
+    (int | None, {"a": 1}),
+]
+
+
+@pytest.mark.parametrize(("annotation", "value"), ACCEPTED, ids=str)
+def test_a_value_that_an_annotation_allows(annotation: Any, value: Any) -> None:
+    assert accepts(annotation, value)
+
+
+@pytest.mark.parametrize(("annotation", "value"), NOT_ACCEPTED, ids=str)
+def test_a_value_that_an_annotation_forbids(annotation: Any, value: Any) -> None:
+    assert not accepts(annotation, value)
+
+
+def test_annotations_are_spelled_for_people() -> None:
+    assert spell(float | None) == "float or null"
+    assert spell(Literal["a", "b"] | int) == "'a' or 'b' or int"

@@ -1,4 +1,4 @@
-"""Every YAML file of ``counterpoise/recipes/conf``: it composes, passes the checks, builds, and repeats no default wrongly."""
+"""Every YAML file of ``recipes/conf``: it composes, passes the checks, builds, and repeats no default wrongly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ OPTIONS = [name for name in FILES if "/" in name]
 MANDATORY = {"data/csv": ["data.path=table.csv", "data.label=y"], "data/image_folder": ["data.root=images"]}
 NEEDS_OTHERS = {"reweighter/group_dro": ["reweighter.by=target"]}
 NOT_BUILT = {
-    **dict.fromkeys(["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt"], "needs files that are downloaded"),
+    **dict.fromkeys(
+        ["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt"], "needs files that are downloaded"
+    ),
     **dict.fromkeys(["logger/mlflow", "logger/wandb"], "needs an extra of its own"),
 }
 
@@ -52,7 +54,7 @@ DIFFERENT = {
     ("logger/tensorboard", "name"): IN_RUN_FOLDER,
     ("logger/wandb", "project"): "wandb asks for one",
     ("logger/wandb", "save_dir"): IN_RUN_FOLDER,
-    ("loss/ldam", "normalizer"): "deferred re-weighting: weights must not change the size of the step",
+    ("loss/ldam", "normalizer"): "the released code: with class weights the mean divides by their sum",
     ("loss/sigmoid_focal", "inner"): "one-hot targets: the mean over classes would shrink with their number",
     ("model/mlp", "head"): FROM_LOSS,
     ("model/resnet32", "head"): FROM_LOSS,
@@ -150,7 +152,9 @@ def test_our_parts_that_lack_facts_are_partial() -> None:
     for name in FILES:
         for node in targets(name):
             known = parameters(locate(name, node["_target_"])).values()
-            required = {p.name for p in known if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            required = {
+                p.name for p in known if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            }
             assert node.get("_partial_") or required <= node.keys(), name
 
 
@@ -165,5 +169,7 @@ def public_parts() -> list[type]:
 @pytest.mark.parametrize("part", public_parts(), ids=lambda part: part.__name__)
 def test_every_public_part_that_fits_can_be_chosen_by_name(part: type) -> None:
     group = {"reweighter": "reweighter", "sampler": "sampler"}.get(part.spec.task, "loss")  # type: ignore[attr-defined]
-    named = [locate(name, node["_target_"]) for name in OPTIONS if name.startswith(f"{group}/") for node in targets(name)]
+    named = [
+        locate(name, node["_target_"]) for name in OPTIONS if name.startswith(f"{group}/") for node in targets(name)
+    ]
     assert part in named

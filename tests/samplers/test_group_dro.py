@@ -44,11 +44,11 @@ def test_several_steps_are_the_published_algorithm() -> None:
     q = [1 / 3] * 3
     for _ in range(5):
         losses = torch.rand(6, dtype=torch.float64, generator=generator) * 3
-        means = [losses[GROUPS == g].mean().item() for g in range(3)]
+        means = [losses[g == GROUPS].mean().item() for g in range(3)]
         q = ascended(q, means, 0.3)
         weights = dro(losses, group=GROUPS)
         assert_close(q_of(dro), q)
-        assert_close(weights.tolist(), [q[g] / (GROUPS == g).sum().item() for g in GROUPS.tolist()])
+        assert_close(weights.tolist(), [q[g] / (g == GROUPS).sum().item() for g in GROUPS.tolist()])
         assert_close((weights * losses).sum().item(), sum(a * b for a, b in zip(q, means, strict=True)))
 
 
