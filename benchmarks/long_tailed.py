@@ -67,6 +67,7 @@ def page(found: dict[tuple[str, int], list[dict[str, float]]]) -> str:
         f"{len(STATES)} random states each (weights, data order, subset and split); percent, mean ± standard deviation",
         "over random states. Head, medium and tail are terciles of the classes by training count.",
         "",
+        "<!-- no-run: trains twelve networks -->",
         "```bash",
         "python -m benchmarks.long_tailed",
         "```",

@@ -52,14 +52,14 @@ def plain_ntxent(z: Tensor, other: Tensor, temperature: float = 0.5) -> Tensor:
 def pairs() -> Iterator[Pair]:
     """Every pair, at a small and a large size."""
     for n, c in ((128, 10), (512, 1000)):
-        logits, target = torch.randn(n, c, requires_grad=True), torch.randint(c, (n,))
+        logits, target = torch.rand(n, c).mul(2).sub(1).requires_grad_(), torch.randint(c, (n,))  # as cosines are
         counts = torch.linspace(1000, 10, c).long()
         for loss in (
             CrossEntropyLoss(),
             LogitAdjustedLoss(counts),
             BalancedSoftmaxLoss(counts),
             ClassBalancedLoss(counts),
-            LDAMLoss(counts, scale=1.0),
+            LDAMLoss(counts),
             SoftmaxFocalLoss(),
         ):
             ours, theirs = step(loss, logits, target), step(cross_entropy, logits, target)

@@ -25,7 +25,9 @@ def parts(room: str) -> list[type]:
     """The exported classes of a room that declare a Spec, by task and name."""
     exported = import_module(f"counterpoise.{room}")
     found = [getattr(exported, name) for name in exported.__all__]
-    return sorted((x for x in found if inspect.isclass(x) and hasattr(x, "spec")), key=lambda x: (x.spec.task, x.__name__))
+    return sorted(
+        (x for x in found if inspect.isclass(x) and hasattr(x, "spec")), key=lambda x: (x.spec.task, x.__name__)
+    )
 
 
 def configs() -> dict[str, str]:
@@ -46,7 +48,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def words(items: Any) -> str:
     """Code words, separated by commas; a dash for none."""
-    return ", ".join(f"`{item}`" for item in items) or "–"
+    return ", ".join(f"`{item}`" for item in items) or "-"
 
 
 def short_table() -> str:
@@ -61,17 +63,19 @@ def short_table() -> str:
 
 def long_tables() -> str:
     """For docs/methods.md: a table a room, and the exemptions with their reasons."""
-    named, blocks, exempt = configs(), [], []
+    named, blocks, exempt, sources = configs(), [], [], []
     for room, title in ROOMS.items():
         rows = []
         for part in parts(room):
             spec = part.spec
-            config = named.get(f"counterpoise.{room}.{part.__name__}", "–")
-            origin = WORDS[spec.origin]
-            rows.append([f"`{part.__name__}`", spec.task, words(spec.needs), spec.distributed, origin, config, spec.source])
-            exempt += [[f"`{part.__name__}`", name, reason] for name, reason in spec.exemptions.items()]
-        header = ["part", "task", "needs", "ranks", "status", "config", "source"]
+            config = named.get(f"counterpoise.{room}.{part.__name__}", "-")
+            name = f"`{part.__name__}`"
+            rows.append([name, spec.task, words(spec.needs), spec.distributed, WORDS[spec.origin], config])
+            sources.append([name, spec.source])
+            exempt += [[name, promise, reason] for promise, reason in spec.exemptions.items()]
+        header = ["part", "task", "needs", "ranks", "status", "config"]
         blocks.append(f"## {title}\n\n{table(header, rows)}")
+    blocks.append(f"## Sources\n\n{table(['part', 'source'], sources)}")
     blocks.append("## Exemptions\n\n" + (table(["part", "from", "because"], exempt) if exempt else "None."))
     return "\n\n".join(blocks)
 

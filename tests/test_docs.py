@@ -1,8 +1,8 @@
 """The documentation: its code blocks run, its commands compose, its links lead somewhere, its tables are current.
 
-Blocks of a page run in order in one namespace and one temporary folder. ``<!-- file: conf/loss/mine.yaml -->`` on the line
-before a block has it written to that file instead. ``<!-- no-run: reason -->`` keeps it from running; its
-``counterpoise-train`` commands are composed and checked all the same.
+Blocks of a page run in order in one namespace and one temporary folder. On the line before a block,
+``<!-- file: conf/loss/mine.yaml -->`` has it written to that file, and ``<!-- no-run: reason -->`` keeps it from
+running; its ``counterpoise-train`` commands are composed and checked all the same.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def check_commands(block: Block, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("counterpoise.recipes.cli.launch", lambda *parts: settled.append(parts))
         for arguments in block.commands:
-            outcome = launch(folder, *arguments)
+            outcome = launch(folder, *arguments, "output_dir=composed")
             assert outcome.code == 0, outcome.err
     assert len(settled) >= len(block.commands)
 
@@ -138,7 +138,8 @@ def test_relative_links_exist(page: Path) -> None:
 def methods_table() -> ModuleType:
     """docs/methods_table.py, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("methods_table", ROOT / "docs" / "methods_table.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -154,3 +155,9 @@ def test_method_tables_list_every_part_with_a_config() -> None:
         assert f"| `{part}` |" in tables
     assert "`loss=ldam`" in tables
     assert "`reweighter=group_dro`" in tables
+
+
+def test_every_option_of_a_group_is_told() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    options = (ROOT / "counterpoise" / "recipes" / "conf").glob("*/*.yaml")
+    assert [f"{o.parent.name}={o.stem}" for o in options if f"`{o.stem}`" not in page] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -38,9 +39,10 @@ def check_number(
     name: str, value: object, low: float = -float("inf"), high: float = float("inf"), *, open_low: bool = False
 ) -> None:
     """Raises unless ``value`` is a real number in [low, high], or (low, high] with ``open_low``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
-    if not (low < value <= high if open_low else low <= value <= high):
+    number = float(value)
+    if not (low < number <= high if open_low else low <= number <= high):
         raise ValueError(f"{name} is {value}, expected a number in {'(' if open_low else '['}{low}, {high}]")
 
 

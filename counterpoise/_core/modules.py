@@ -57,6 +57,15 @@ class Loss(PreciseBuffers):
         """The options."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Class weights switched on or off since the module was made are taken over as they were saved."""
+        if "class_weight" in self._buffers:
+            saved = state_dict.get(f"{prefix}class_weight")
+            here = self._buffers["class_weight"]
+            if (saved is None) != (here is None):
+                self._buffers["class_weight"] = None if saved is None else torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def set_class_weight(self, class_weight: Sequence[float] | Tensor | None) -> None:
         """Replaces the class weights (C,) of a loss that has them; what deferred re-weighting calls."""
         if "class_weight" not in self._buffers:

@@ -75,6 +75,7 @@ def reduce_losses(
     check_reduction(reduction, normalizer)
     if weight is not None:
         weight = weight.to(losses.dtype).reshape(-1, *[1] * (losses.ndim - 1))
+        weight = weight if counted is None else torch.where(counted, weight, 0)
     weighted = losses if weight is None else losses * weight
     if counted is not None:
         weighted = torch.where(counted, weighted, 0)

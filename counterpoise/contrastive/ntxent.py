@@ -30,7 +30,7 @@ def ntxent_loss(
     *,
     labels: Tensor | None = None,
     bank: MemoryBank | None = None,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     normalize: bool = True,
     reduction_over: str = "valid",
     weight: Tensor | None = None,
@@ -45,7 +45,7 @@ def ntxent_loss(
         z: (N, d), or (V, N, d) several views; other: (N, d) the second view.
         labels: (N,) class indices; None = every example is its own class.
         bank: negatives; read, never written. Enqueue the keys after the backward pass.
-        temperature: divisor > 0.
+        temperature: divisor > 0; a tensor may be learned.
         normalize: to unit length first.
         reduction_over: the mean runs over the "valid" rows (with a positive) or "all".
         weight: (N,), of all views of an example; mask: (N,) bool, a masked example is neither anchor nor key.
@@ -59,7 +59,8 @@ def ntxent_loss(
     Raises:
         ValueError, TypeError: shapes or settings that do not fit; a bank without a second view.
     """
-    check_number("temperature", temperature, 0, open_low=True)
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, 0, open_low=True)
     check_choice("reduction_over", reduction_over, ("valid", "all"))
     views = stack_views(z, other)
     sync = sync and world_size() > 1
@@ -91,7 +92,7 @@ def ntxent_loss(
 
 
 def _against_bank(
-    rows: Rows, views: Tensor, bank: MemoryBank, temperature: float, *, labelled: bool
+    rows: Rows, views: Tensor, bank: MemoryBank, temperature: float | Tensor, *, labelled: bool
 ) -> tuple[Rows, InfoNCE]:
     """Anchors of the first view against their second view and the bank."""
     v, n, d = views.shape
@@ -133,7 +134,7 @@ class NTXentLoss(Loss):
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         normalize: bool = True,
         reduction_over: str = "valid",
         reduction: str = "mean",
@@ -148,7 +149,8 @@ class NTXentLoss(Loss):
             normalizer=normalizer,
             sync=sync,
         )
-        check_number("temperature", temperature, 0, open_low=True)
+        if not isinstance(temperature, Tensor):
+            check_number("temperature", temperature, 0, open_low=True)
         check_choice("reduction_over", reduction_over, ("valid", "all"))
 
     def forward(

@@ -52,7 +52,7 @@ def adjusted_cross_entropy(
         target: class indices (N,) or (N, d1, ...) of any integer type or bool, or probabilities of the logits' shape.
         additive, multiplicative, margin, class_weight: (C,) vectors; None = off.
         scale: multiplies the adjusted logits, > 0.
-        label_smoothing: in [0, 1), mass spread evenly over the classes that are not masked.
+        label_smoothing: in [0, 1], mass spread evenly over the classes that are not masked.
         ignore_index: a target with this value does not count.
         weight: (N,), multiplies row losses.
         mask: bool, True = counts; (N,) rows or the shape of the class indices.
@@ -73,9 +73,12 @@ def adjusted_cross_entropy(
     check_number("label_smoothing", label_smoothing, 0, 1)
     z = at_least_float32(logits)
     soft = target.is_floating_point()
+    counted: Tensor | None
     if soft:
-        check_within("target", target, 0, 1, what="probabilities")
         counted = mask if mask is None else expand_mask(mask, target[:, 0])
+        if counted is not None:
+            target = torch.where(counted.unsqueeze(1), target, 0)
+        check_within("target", target, 0, 1, what="probabilities")
     else:
         target, counted = class_indices(target, z.shape[1], ignore_index, mask)
     if mask is not None:

@@ -33,7 +33,7 @@ def cross_entropy_loss(
     Args:
         logits: (N, C) or (N, C, d1, ...); target: class indices (N, ...) or probabilities of the logits' shape.
         class_weight: (C,), None = ones.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
 
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
@@ -57,7 +57,7 @@ class CrossEntropyLoss(Loss):
 
     Args:
         class_weight: (C,) numbers, or None.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
     """
 
     spec = Spec(task="multiclass", source="Maximum likelihood; label smoothing: Szegedy et al., 2016")

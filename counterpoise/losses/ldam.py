@@ -128,7 +128,7 @@ class LDAMLoss(Loss):
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Cosines (N, C, ...) and their targets to the reduced loss."""
-        if not self._looked and not torch.compiler.is_compiling():
+        if not self._looked and not torch.compiler.is_compiling() and logits.is_floating_point():
             self._look(logits.detach())
         return ldam_loss(
             logits,
@@ -144,7 +144,7 @@ class LDAMLoss(Loss):
         """One look at the first batch: a read-back at every step would stall an accelerator."""
         self._looked = True
         largest = logits[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 0.0
-        if largest > 1 + 1e-2:
+        if largest > 1 + max(1e-3, 4 * torch.finfo(logits.dtype).eps):
             warnings.warn(
                 f"LDAMLoss got logits of up to {largest:.3g}, expected cosines in [-1, 1]: use a CosineLinear head",
                 stacklevel=3,

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from counterpoise._core import check_choice, check_number
+from counterpoise._core.checks import did_you_mean
 from counterpoise.memory import effective_number_weights
+from counterpoise.recipes.errors import ConfigError
 
 
 def deferred_beta(epoch: int, *, switch_epoch: int, before: float = 0.0, after: float = 0.9999) -> float:
@@ -113,8 +115,12 @@ class Checkpoints(pl.Callback):
             self._save(trainer, "last.ckpt")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Saves ``best.ckpt`` where the monitored value improved."""
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        """Saves ``best.ckpt`` where the monitored value improved; one that is not logged is refused at the start."""
+        if self.monitor not in trainer.callback_metrics:
+            known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            hint = did_you_mean(self.monitor, known)
+            raise ConfigError(f"callbacks.checkpoints.monitor is {self.monitor!r}, expected one of {known}{hint}")
+        if trainer.sanity_checking:
             return
         score = float(trainer.callback_metrics[self.monitor])
         better = self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score)

@@ -54,6 +54,7 @@ class LongTailed(pl.LightningModule):
     ) -> None:
         super().__init__()
         check_fit(loss, reweighter, self.tasks)
+        check_classes(loss, num_classes)
         self.model = model
         self.loss = loss
         self.reweighter = reweighter
@@ -171,6 +172,14 @@ def check_fit(loss: nn.Module, reweighter: nn.Module | None, tasks: tuple[str, .
     weighs = getattr(loss, "class_weight", None) is not None or name == "ClassBalancedLoss"
     if weighs and getattr(reweighter, "by", None) == "target":
         raise ValueError(f"class weights in both loss {name} and reweighter {type(reweighter).__name__}: drop one")
+
+
+def check_classes(loss: nn.Module, num_classes: int) -> None:
+    """Raises ValueError unless what the loss holds per class is of ``num_classes`` classes."""
+    counts = getattr(getattr(loss, "statistics", None), "counts", None)
+    for name, x in (("class_weight", getattr(loss, "class_weight", None)), ("class_counts", counts)):
+        if isinstance(x, Tensor) and x.shape != (num_classes,):
+            raise ValueError(f"loss {name} has shape {tuple(x.shape)}, expected ({num_classes},), one entry a class")
 
 
 def check_sampler(loss: nn.Module, sampler: Any) -> str | None:

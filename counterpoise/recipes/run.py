@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from counterpoise.recipes.run_folder import (
     command_line,
     config_hash,
     environment,
+    locked,
     open_folder,
     read_metrics,
     write_config,
@@ -85,27 +87,8 @@ def fit(
     if going_on:
         check_checkpoint(last)
     history = History(folder / "history.csv")
-    added = [*callbacks, history, RandomStates()]
-    if not any(isinstance(c, Checkpoints) for c in added):
-        added.append(Checkpoints(folder / "checkpoints", monitor=getattr(recipe, "monitor", "val/balanced_accuracy")))
-    added.sort(key=lambda c: isinstance(c, Checkpoints))  # last, so that they save what the others hold by then
-    options = {"deterministic": True, "enable_progress_bar": True, **trainer_options}
-    if options["enable_progress_bar"]:
-        added.append(RichProgressBar())
     pl.seed_everything(seed, verbose=False)
-    try:
-        trainer = pl.Trainer(
-            default_root_dir=folder,
-            max_epochs=max_epochs,
-            logger=list(loggers) or False,
-            callbacks=added,
-            enable_checkpointing=False,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            **options,
-        )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"trainer: {one_sentence(error)}") from error
+    trainer = _trainer(recipe, folder, [*callbacks, history], loggers, {"max_epochs": max_epochs, **trainer_options})
     metrics: dict[str, Any] = {
         "recipe": config["recipe"]["name"],
         "config_hash": config_hash(config),
@@ -118,22 +101,50 @@ def fit(
         "class_counts": data.class_counts,
     }
     keeps = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if keeps:
-        write_config(folder, config)
-        write_metrics(folder, metrics)
+    with locked(folder) if keeps else nullcontext():
+        if keeps:
+            write_config(folder, config)
+            write_metrics(folder, metrics)
+        try:
+            trainer.fit(recipe, datamodule=data, ckpt_path=last if going_on else None, weights_only=True)
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                found = _evaluate(trainer, recipe, data, folder)
+                metrics |= {**found, "notes": [*metrics["notes"], *dict.fromkeys(found["notes"])]}
+            metrics |= {"status": "completed", "cost": _cost(trainer, recipe, data, history)}
+        except BaseException as error:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            metrics |= {"status": "interrupted" if stopped else "failed", "error": one_sentence(error)}
+            raise
+        finally:
+            report = _write(folder, metrics) if keeps else None
+    return Result(folder, metrics, report)
+
+
+def _trainer(
+    recipe: pl.LightningModule,
+    folder: Path,
+    callbacks: list[pl.Callback],
+    loggers: Sequence[Any],
+    options: dict[str, Any],
+) -> pl.Trainer:
+    """Lightning's Trainer with our callbacks added; ConfigError where it refuses its options."""
+    options = {"deterministic": True, "enable_progress_bar": True, **options}
+    added = [*callbacks, RandomStates(), *([RichProgressBar()] if options["enable_progress_bar"] else [])]
+    if not any(isinstance(c, Checkpoints) for c in added):
+        added.append(Checkpoints(folder / "checkpoints", monitor=getattr(recipe, "monitor", "val/balanced_accuracy")))
+    added.sort(key=lambda c: isinstance(c, Checkpoints))  # last, so that they save what the others hold by then
     try:
-        trainer.fit(recipe, datamodule=data, ckpt_path=last if going_on else None, weights_only=True)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            found = _evaluate(trainer, recipe, data, folder)
-            metrics |= {**found, "notes": [*metrics["notes"], *dict.fromkeys(found["notes"])]}
-        metrics |= {"status": "completed", "cost": _cost(trainer, recipe, data, history)}
-    except BaseException as error:
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-        metrics |= {"status": "interrupted" if stopped else "failed", "error": one_sentence(error)}
-        raise
-    finally:
-        report = _write(folder, metrics) if keeps else None
-    return Result(folder, {**metrics}, report)
+        return pl.Trainer(
+            default_root_dir=folder,
+            logger=list(loggers) or False,
+            callbacks=added,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            **options,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {one_sentence(error)}") from error
 
 
 def _write(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -153,7 +164,7 @@ def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledDat
         found[split] = classification_metrics(
             predictions["logits"], predictions["target"], data.class_counts, class_names=data.splits.class_names
         )
-        notes += [f"{split}: {note}" for note in found[split].notes]
+        notes += found[split].notes
     if trainer.is_global_zero:
         write_predictions(folder, predictions)
     test = found["test"]

@@ -7,10 +7,16 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 import torch
@@ -61,6 +67,32 @@ def drop_if_empty(folder: Path) -> None:
             return
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run folder, so that two processes never train into it; ConfigError where another one does.
+
+    The lock ends with the process, however it ends. Without ``fcntl`` (Windows) nothing is locked.
+    """
+    with (folder / ".lock").open("w") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"run folder {str(folder)!r} is in use by another process") from error
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Another process trains into the folder."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with locked(folder):
+            return False
+    except ConfigError:
+        return True
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Twelve digits that two configurations share if they describe the same run."""
     kept = {key: value for key, value in config.items() if key not in NOT_HASHED}
@@ -68,16 +100,18 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def unfinished(output_dir: str | Path, recipe: str, config_in: Callable[[Path], Mapping[str, Any]]) -> Path | None:
-    """The newest run of this very configuration that has not completed, for ``resume=auto``.
+    """The newest run of this very configuration that has not completed and that no process is at work on.
 
     Args:
         output_dir: where runs go; recipe: the runs of which one.
         config_in: the configuration as it would be resolved in a run folder.
     """
-    for file in sorted(Path(output_dir).absolute().glob(f"{recipe}/*/*/metrics.json"), reverse=True):
-        metrics = read_metrics(file.parent)
-        if metrics.get("status") != "completed" and metrics.get("config_hash") == config_hash(config_in(file.parent)):
-            return file.parent
+    files = Path(output_dir).absolute().glob(f"{recipe}/*/*/metrics.json")
+    for folder in (file.parent for file in sorted(files, key=lambda f: f.stat().st_mtime, reverse=True)):
+        metrics = read_metrics(folder)
+        ours = metrics.get("config_hash") == config_hash(config_in(folder))
+        if ours and metrics.get("status") != "completed" and not in_use(folder):
+            return folder
     return None
 
 

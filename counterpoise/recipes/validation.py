@@ -38,7 +38,7 @@ SET_BY_THE_RUN = (
     "logger",
     "use_distributed_sampler",
 )
-TOP_LEVEL = (*GROUPS, "seed", "output_dir", "resume")
+TOP_LEVEL = (*GROUPS, "seed", "output_dir", "resume", "vars")
 HYDRA_WORDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 

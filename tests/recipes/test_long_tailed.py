@@ -20,9 +20,10 @@ from counterpoise.losses import (
     SigmoidFocalLoss,
     effective_number_weights,
 )
-from counterpoise.recipes import MLP, BatchAugment, Checkpoints, DeferredReweighting, LongTailed, fit
+from counterpoise.recipes import MLP, BatchAugment, Checkpoints, ConfigError, DeferredReweighting, LongTailed, fit
 from counterpoise.recipes.data import LabelledData, digits_lt
 from counterpoise.recipes.long_tailed import check_sampler
+from counterpoise.recipes.run_folder import in_use, locked
 from counterpoise.recipes.schedules import constant, cosine, multistep
 from counterpoise.samplers import ClassBalancedSampler, GroupDRO, ProgressivelyBalancedSampler, ShuffleSampler
 
@@ -198,3 +199,23 @@ def test_ldam_gets_a_cosine_head_from_the_configuration(tmp_path: Path) -> None:
         parts = build(config, tmp_path)
         assert isinstance(parts.recipe.model.head, head)
         assert isinstance(parts.recipe.loss, LDAMLoss) == (loss == "ldam")
+
+
+def test_class_weights_of_another_number_of_classes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"class_weight has shape \(3,\), expected \(10,\)"):
+        recipe(CrossEntropyLoss(class_weight=[1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match=r"class_counts has shape \(3,\)"):
+        recipe(LogitAdjustedLoss([5, 3, 1]))
+
+
+def test_a_monitor_that_is_not_logged_is_refused_before_training(digits: LabelledData, tmp_path: Path) -> None:
+    wrong = Checkpoints(tmp_path / "checkpoints", monitor="val/balanced_acuracy")
+    with pytest.raises(ConfigError, match="did you mean 'val/balanced_accuracy'"):
+        fit(recipe(CrossEntropyLoss()), digits, folder=tmp_path, max_epochs=1, callbacks=[wrong], **QUIET)
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_two_processes_never_train_into_one_folder(digits: LabelledData, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="in use"):
+        fit(recipe(CrossEntropyLoss()), digits, folder=tmp_path, max_epochs=1, **QUIET)
+    assert not in_use(tmp_path)
