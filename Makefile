@@ -1,7 +1,7 @@
 # Every target makes .venv by itself and reuses it until pyproject.toml changes.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PARTS := counterpoise tests examples benchmarks
+PARTS := counterpoise tests examples benchmarks docs
 
 .PHONY: demo test test-slow bench lint format docs clean
 .DELETE_ON_ERROR:

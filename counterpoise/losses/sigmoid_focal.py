@@ -60,9 +60,8 @@ def sigmoid_focal_loss(
     check_multilabel(logits, target, mask, weight)
     check_number("gamma", gamma, 0)
     z, t, counted = labels_and_live(logits, target, mask)
-    losses = -(t * logsigmoid(z) + (1 - t) * logsigmoid(-z))  # torch's form cancels where a negative is easy
-    if gamma > 0:
-        losses = losses * torch.exp(gamma * log_one_minus_p_t(z, t, soft=target.is_floating_point()))
+    log_p, log_not_p = binary_log_probabilities(z, t, soft=target.is_floating_point() and holds_soft_labels(t))
+    losses = -log_p if gamma == 0 else -log_p * torch.exp(gamma * log_not_p)
     if alpha is not None:
         check_number("alpha", alpha, 0, 1)
         losses = losses * (alpha * t + (1 - alpha) * (1 - t))
@@ -78,15 +77,28 @@ def sigmoid_focal_loss(
     )
 
 
-def log_one_minus_p_t(z: Tensor, t: Tensor, *, soft: bool) -> Tensor:
-    """log(p (1 - t) + (1 - p) t) with p = sigmoid(z); ``soft`` says that labels between 0 and 1 may occur."""
-    hard = logsigmoid((1 - 2 * t) * z)
+def binary_log_probabilities(z: Tensor, t: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:
+    """-BCE(z, t) and log(1 - p_t); ``soft`` says that labels between 0 and 1 may occur.
+
+    For a hard label these are the two log-sigmoids of u = (2t - 1) z. torch's form of BCE cancels where a negative is
+    easy, and the mixture's logarithm of a hard label's other side would poison second derivatives.
+    """
+    u = (2 * t - 1) * z
+    log_p, log_not_p = logsigmoid(u), logsigmoid(-u)
     if not soft:
-        return hard
+        return log_p, log_not_p
     between = (t > 0) & (t < 1)
-    s = torch.where(between, t, 0.5)  # the logarithm of a hard label's other side would poison second derivatives
-    mixed = torch.logaddexp(logsigmoid(z) + torch.log1p(-s), logsigmoid(-z) + torch.log(s))
-    return torch.where(between, mixed, hard)
+    s = torch.where(between, t, 0.5)
+    of_one, of_zero = logsigmoid(z), logsigmoid(-z)
+    bce = s * of_one + (1 - s) * of_zero
+    mixed = torch.logaddexp(of_one + torch.log1p(-s), of_zero + torch.log(s))
+    return torch.where(between, bce, log_p), torch.where(between, mixed, log_not_p)
+
+
+def holds_soft_labels(t: Tensor) -> bool:
+    """Whether a label lies between 0 and 1, where that can be read without stalling a device; else True."""
+    readable = t.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return not readable or bool(((t > 0) & (t < 1)).any())
 
 
 class SigmoidFocalLoss(Loss):

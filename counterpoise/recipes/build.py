@@ -57,6 +57,8 @@ def build(config: Mapping[str, Any], folder: Path) -> Parts:
     model_node = dict(config["model"])
     if model_node.get("head") == "auto":
         del model_node["head"]
+    elif facts["head"] == "cosine" and model_node.get("head") == "linear":
+        raise ConfigError("model.head is 'linear', and the loss needs cosines: use model.head=cosine or auto")
     if (config.get("reweighter") or {}).get("by") == "target":
         facts["group_counts"] = facts["class_counts"]
     parts = {

@@ -68,7 +68,7 @@ def _their_paths(arguments: Sequence[str]) -> list[str]:
 
 def _option(arguments: Sequence[str], *names: str) -> str | None:
     """The value of ``--name value`` or ``--name=value``."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = argument.partition("=")
         if name in names:
             return value if equals else following
@@ -143,6 +143,8 @@ def explain(error: BaseException, arguments: Sequence[str]) -> str:
     if text.startswith("Ambiguous value"):
         return f"{text}: to run each of them, add -m"
     key = _failed_key(error)
+    if key and "@" in key:
+        return f"{key} cannot be overridden from there: an experiment starts with the line '# @package _global_'"
     return _about_key(key, arguments) if key else text
 
 

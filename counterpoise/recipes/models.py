@@ -118,27 +118,31 @@ class ResNet32(nn.Module):
         return self.head(avg_pool2d(features, features.shape[-2:]).flatten(1))
 
 
-def torchvision_model(name: str, num_classes: int, weights: str | None = None) -> nn.Module:
-    """A torchvision classifier by name ("resnet18", ...), for images of three channels.
+def torchvision_model(
+    name: str, num_classes: int, weights: str | None = None, in_channels: int = 3, head: str = "linear"
+) -> nn.Module:
+    """A torchvision classifier by name ("resnet18", ...), its last linear layer replaced.
 
     Args:
         name: see ``torchvision.models.list_models()``.
         num_classes: C.
-        weights: None (random), or a name of pretrained weights ("DEFAULT"): the last linear layer is then replaced.
+        weights: None (random), or a name of pretrained weights ("DEFAULT").
+        in_channels: of the images; these models take 3.
+        head: "linear" or "cosine".
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or images of other than three channels.
     """
     import torchvision.models
 
     check_choice("name", name, torchvision.models.list_models())
-    if weights is None:
-        return torchvision.models.get_model(name, num_classes=num_classes)
+    if in_channels != 3:
+        raise ValueError(f"in_channels is {in_channels}, expected 3: torchvision's models take colour images")
     model = torchvision.models.get_model(name, weights=weights)
     layer = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     parent = model.get_submodule(layer.rpartition(".")[0])
     old = model.get_submodule(layer)
-    setattr(parent, layer.rpartition(".")[2], nn.Linear(old.in_features, num_classes))  # type: ignore[union-attr, arg-type]
+    setattr(parent, layer.rpartition(".")[2], classifier_head(old.in_features, num_classes, head))  # type: ignore[arg-type]
     return model
 
 

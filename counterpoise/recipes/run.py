@@ -42,7 +42,11 @@ class Result:
     report: Path | None
 
     def __getitem__(self, name: str) -> float:
-        """A scalar of the test split: ``result["balanced_accuracy"]``."""
+        """A scalar of the test split: ``result["balanced_accuracy"]``; KeyError for a run that has not got so far."""
+        if "splits" not in self.metrics:
+            raise KeyError(
+                f"{name}: the run in {self.folder} is {self.metrics.get('status')}, it has no test split yet"
+            )
         return self.metrics["splits"]["test"][name]
 
 

@@ -26,7 +26,7 @@ import counterpoise
 from counterpoise.recipes.errors import ConfigError, one_sentence
 
 SCHEMA_VERSION = 1
-NOT_HASHED = ("logger", "output_dir", "resume")
+NOT_HASHED = ("logger", "output_dir", "resume", "vars")  # what vars say stands where they are interpolated
 
 
 def new_folder(output_dir: str | Path, recipe: str) -> Path:

@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset, default_colla
 from counterpoise.recipes.data import (
     AsDict,
     InMemory,
-    LongTailed,
+    LongTailedSubset,
     balanced_split,
     class_order,
     from_datasets,
@@ -141,7 +141,7 @@ def test_transform_is_applied_and_said_to_draw() -> None:
 
 
 def test_reading_together_equals_reading_alone() -> None:
-    data = LongTailed(InMemory(torch.rand(40, 2), labels(20, 20), labels(10, 30)), imbalance_factor=4)
+    data = LongTailedSubset(InMemory(torch.rand(40, 2), labels(20, 20), labels(10, 30)), imbalance_factor=4)
     alone, together = [data[i] for i in (3, 0, 9)], data.__getitems__([3, 0, 9])
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys() == {"input", "target", "index", "group"}
@@ -153,7 +153,7 @@ def test_reading_together_equals_reading_alone() -> None:
 
 def test_index_counts_from_zero_in_the_subset_and_targets_agree() -> None:
     source = points(30, 30, 30)
-    data = LongTailed(source, imbalance_factor=6, class_order=[1, 2, 0], seed=3)
+    data = LongTailedSubset(source, imbalance_factor=6, class_order=[1, 2, 0], seed=3)
     assert data.class_counts == [5, 30, 12]
     for i, row in enumerate(data.indices.tolist()):
         item = data[i]
@@ -166,8 +166,8 @@ def test_index_counts_from_zero_in_the_subset_and_targets_agree() -> None:
 
 
 def test_n_max_is_the_smallest_class_unless_given() -> None:
-    assert LongTailed(points(30, 20, 40), imbalance_factor=1).class_counts == [20, 20, 20]
-    assert LongTailed(points(30, 20, 40), imbalance_factor=10, n_max=30).class_counts == [30, 9, 3]
+    assert LongTailedSubset(points(30, 20, 40), imbalance_factor=1).class_counts == [20, 20, 20]
+    assert LongTailedSubset(points(30, 20, 40), imbalance_factor=10, n_max=30).class_counts == [30, 9, 3]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_n_max_is_the_smallest_class_unless_given() -> None:
 )
 def test_long_tailed_refuses(counts: tuple[int, ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LongTailed(points(*counts), **options)
+        LongTailedSubset(points(*counts), **options)
 
 
 class Bare:

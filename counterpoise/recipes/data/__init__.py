@@ -2,7 +2,7 @@
 
 Built-in sets (``digits_lt``, ``fashion_mnist_lt``, ``cifar10_lt``, ``cifar100_lt``) and a user's own (``image_folder``,
 ``csv_table``, ``from_datasets``) go one way: test and validation are cut first, and only what is left to train on
-becomes long-tailed. ``LongTailed`` does the last step for any labelled data set.
+becomes long-tailed. ``LongTailedSubset`` does the last step for any labelled data set.
 """
 
 from counterpoise.recipes.data.cifar import cifar10_lt, cifar100_lt
@@ -12,7 +12,13 @@ from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.data.digits import digits_lt
 from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt
 from counterpoise.recipes.data.image_folders import image_folder
-from counterpoise.recipes.data.long_tail import LongTail, LongTailed, class_order, long_tail_counts, long_tail_indices
+from counterpoise.recipes.data.long_tail import (
+    LongTail,
+    LongTailedSubset,
+    class_order,
+    long_tail_counts,
+    long_tail_indices,
+)
 from counterpoise.recipes.data.own import from_datasets
 from counterpoise.recipes.data.splits import AsDict, Examples, InMemory, Splits, groups_of, targets_of
 
@@ -22,7 +28,7 @@ __all__ = [
     "InMemory",
     "LabelledData",
     "LongTail",
-    "LongTailed",
+    "LongTailedSubset",
     "Splits",
     "balanced_split",
     "cifar10_lt",

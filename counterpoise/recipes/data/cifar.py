@@ -43,7 +43,7 @@ def cifar10_lt(
         root: folder that holds ``cifar-10-batches-py``.
         download: let torchvision fetch missing files into root (about 170 MB).
         imbalance_factor: largest over smallest class, >= 1; None keeps all that the validation cut leaves.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`.
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`.
         val_per_class: validation images a class, >= 10, cut from the training part before it becomes long-tailed.
         seed: draws splits and tail.
 

@@ -56,7 +56,7 @@ def csv_table(
         test_fraction: in (0, 0.5], of every class.
         standardize: subtract the mean and divide by the standard deviation of the training rows.
         imbalance_factor: largest over smallest training class, >= 1; None drops nothing.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`.
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`.
         seed: draws splits and tail.
 
     Raises:

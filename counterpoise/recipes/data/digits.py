@@ -33,7 +33,7 @@ def digits_lt(
 
     Args:
         imbalance_factor: largest over smallest class, >= 1; None keeps all that the cuts leave.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`; at most 114 a class.
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`; at most 114 a class.
         val_per_class: validation images a class, >= 10.
         test_per_class: test images a class.
         seed: draws splits and tail.

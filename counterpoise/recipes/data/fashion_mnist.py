@@ -45,7 +45,7 @@ def fashion_mnist_lt(
             where Debian's package installs them, then under ``data``.
         download: let torchvision fetch missing files into root (or ``data``).
         imbalance_factor: largest over smallest class, >= 1; None keeps all that the validation cut leaves.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`. 4000 gives about 10,000
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`. 4000 gives about 10,000
             images at factor 100; None takes the whole class.
         val_per_class: validation images a class, >= 10, cut from the training part before it becomes long-tailed.
         seed: draws splits and tail.

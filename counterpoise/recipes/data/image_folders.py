@@ -54,7 +54,7 @@ def image_folder(
             then ``Splits.notes`` says so.
         test_fraction: in (0, 0.5], of every class.
         imbalance_factor: largest over smallest training class, >= 1; None drops nothing.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`.
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`.
         seed: draws splits and tail.
 
     Raises:

@@ -141,7 +141,7 @@ class LongTail:
         return long_tail_indices(targets, counts, self.class_order, seed)
 
 
-class LongTailed(AsDict):
+class LongTailedSubset(AsDict):
     """A long-tailed subset of any labelled data set, as dicts.
 
     Args:

@@ -42,7 +42,7 @@ def from_datasets(
         val_fraction: in (0, 0.5], read only without val; balanced with at least 10 a class where the classes allow
             it, else stratified, and then ``Splits.notes`` says so.
         imbalance_factor: largest over smallest training class, >= 1; None drops nothing.
-        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailed`.
+        profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`.
         seed: draws splits and tail.
 
     Raises:
