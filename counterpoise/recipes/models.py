@@ -139,7 +139,10 @@ def torchvision_model(
     if in_channels != 3:
         raise ValueError(f"in_channels is {in_channels}, expected 3: torchvision's models take colour images")
     model = torchvision.models.get_model(name, weights=weights)
-    layer = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"name is {name!r}, a model without a linear layer to replace, expected one that ends in it")
+    layer = linear[-1]
     parent = model.get_submodule(layer.rpartition(".")[0])
     old = model.get_submodule(layer)
     setattr(parent, layer.rpartition(".")[2], classifier_head(old.in_features, num_classes, head))  # type: ignore[arg-type]

@@ -215,6 +215,7 @@ def test_the_run_folder_holds_what_it_should(finished: Outcome) -> None:
         "history.csv",
         "predictions.npz",
         "report.html",
+        ".lock",
         "checkpoints/last.ckpt",
         "checkpoints/best.ckpt",
         "logs/version_0/metrics.csv",

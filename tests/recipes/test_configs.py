@@ -26,7 +26,10 @@ CONF = Path(counterpoise.recipes.__file__).parent / "conf"
 FILES = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml"))
 OPTIONS = [name for name in FILES if "/" in name]
 MANDATORY = {"data/csv": ["data.path=table.csv", "data.label=y"], "data/image_folder": ["data.root=images"]}
-NEEDS_OTHERS = {"reweighter/group_dro": ["reweighter.by=target"]}
+NEEDS_OTHERS = {
+    "model/torchvision": ["data=image_folder", "data.root=images"],
+    "reweighter/group_dro": ["reweighter.by=target"],
+}
 NOT_BUILT = {
     **dict.fromkeys(
         ["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt"], "needs files that are downloaded"
@@ -59,6 +62,7 @@ DIFFERENT = {
     ("model/mlp", "head"): FROM_LOSS,
     ("model/resnet32", "head"): FROM_LOSS,
     ("model/small_cnn", "head"): FROM_LOSS,
+    ("model/torchvision", "head"): FROM_LOSS,
     ("optimizer/sgd", "lr"): PAPER,
     ("optimizer/sgd", "momentum"): PAPER,
     ("optimizer/sgd", "weight_decay"): PAPER,
