@@ -7,6 +7,7 @@ from counterpoise._core.checks import (
     check_number,
     check_per_row,
     check_within,
+    readable,
     without_autocast,
 )
 from counterpoise._core.modules import Loss, PreciseBuffers
@@ -32,6 +33,7 @@ __all__ = [
     "in_second_pass",
     "mix_seeds",
     "rank",
+    "readable",
     "reduce_losses",
     "second_pass",
     "sum_over_ranks",

@@ -68,19 +68,25 @@ def check_embeddings(name: str, z: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} has shape {tuple(z.shape)}, expected {tuple(like.shape)}")
 
 
+def readable(x: Tensor) -> bool:
+    """Whether a value of ``x`` can be read here and now: on the host, outside of compilation and of vmap."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def check_within(name: str, values: Tensor, low: float, high: float, *, what: str, ignore: int | None = None) -> None:
     """Raises ValueError if a value lies outside [low, high] (or is NaN), except where it equals ``ignore``.
 
     Only the data can show this, and reading it back from an accelerator would stall the queue. So the host raises a
     precise error for CPU tensors, and an asynchronous device assertion speaks elsewhere and under ``torch.compile``.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._functorch.is_functorch_wrapped_tensor(values):
-        return  # inside vmap or grad transforms a value cannot be read
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return  # inside vmap or grad transforms
     within = (values >= low) & (values <= high)
     if ignore is not None:
         within = within | (values == ignore)
-    if compiling or not values.is_cpu:
+    if not readable(values):
         torch._assert_async(within.all(), f"{name} holds a value outside [{low}, {high}], expected {what}")
     elif not within.all():
         raise ValueError(f"{name} holds {values[~within][0].item()}, expected {what} in [{low}, {high}]")

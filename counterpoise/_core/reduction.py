@@ -86,6 +86,8 @@ def reduce_losses(
         return total
     if not isinstance(normalizer, str):
         return total / normalizer
+    if counted is None and normalizer == "count" and not sync:
+        return total / max(losses.numel(), 1)
     divisor = _divisor(normalizer, losses, counted, weight, carried_weight, positives)
     if sync:
         divisor = sum_over_ranks(divisor)

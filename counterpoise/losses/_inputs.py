@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from counterpoise._core import at_least_float32, check_per_row, check_within
+from counterpoise._core import at_least_float32, check_per_row, check_within, readable
 
 
 def check_multilabel(logits: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
@@ -21,13 +21,17 @@ def check_multilabel(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         _check_mask(mask, (logits.shape[:1], logits.shape))
 
 
-def labels_and_live(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits at least float32, labels of their type, and which entries count.
+def labels_and_live(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits at least float32, labels of their type, and which entries count (None = all are seen to).
 
     An entry counts unless the mask leaves it out or its logit is -inf (a masked class) and its label 0. Entries that
     do not count get logit 0 and label 0, so that nothing of theirs reaches a value or a gradient.
     """
     z, t = at_least_float32(logits), target
+    if mask is None and readable(z) and not (z == -torch.inf).any():
+        t = t.to(z.dtype)
+        check_within("target", t, 0, 1, what="labels")
+        return z, t, None
     live = ~((z == -torch.inf) & (t == 0))
     if mask is not None:
         live = live & expand_mask(mask, z)
@@ -66,12 +70,18 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         _check_mask(mask, (logits.shape[:1], indices_shape))
 
 
-def class_indices(target: Tensor, num_classes: int, ignore_index: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Class indices as int64 with 0 where an entry does not count, and which entries do.
+def class_indices(
+    target: Tensor, num_classes: int, ignore_index: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Class indices as int64 with 0 where an entry does not count, and which entries do (None = all are seen to).
 
     Raises ValueError for an index outside [0, C - 1] that is not ``ignore_index``.
     """
     target = target.long()
+    if mask is None and not 0 <= ignore_index < num_classes and readable(target) and target.numel():
+        low, high = torch.aminmax(target)
+        if low >= 0 and high < num_classes:
+            return target, None
     if mask is not None:
         target = torch.where(expand_mask(mask, target), target, ignore_index)
     check_within("target", target, 0, num_classes - 1, what="class indices", ignore=ignore_index)

@@ -66,7 +66,7 @@ def class_balanced_loss(
             logits.movedim(1, -1).flatten(0, -2),
             labels.flatten(0, -2),
             gamma=gamma if base == "focal" else 0.0,
-            mask=counted.flatten(),
+            mask=None if counted is None else counted.flatten(),
             inner="sum",
             reduction="none",
         ).reshape(target.shape)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from counterpoise._core import Loss, Spec, check_number, combine_inner, reduce_losses
+from counterpoise._core import Loss, Spec, check_number, combine_inner, readable, reduce_losses
 from counterpoise.losses._inputs import check_multilabel, labels_and_live
 
 
@@ -97,8 +97,7 @@ def binary_log_probabilities(z: Tensor, t: Tensor, *, soft: bool) -> tuple[Tenso
 
 def holds_soft_labels(t: Tensor) -> bool:
     """Whether a label lies between 0 and 1, where that can be read without stalling a device; else True."""
-    readable = t.is_cpu and not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-    return not readable or bool(((t > 0) & (t < 1)).any())
+    return not readable(t) or bool(((t > 0) & (t < 1)).any())
 
 
 class SigmoidFocalLoss(Loss):

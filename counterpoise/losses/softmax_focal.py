@@ -56,17 +56,21 @@ def softmax_focal_loss(
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected at least two classes")
     target, counted = class_indices(target, z.shape[1], ignore_index, mask)
     if mask is not None:
-        z = torch.where(counted.unsqueeze(1), z, 0)  # what is masked may hold NaN
+        z = torch.where(counted.unsqueeze(1), z, 0)  # type: ignore[union-attr]  # what is masked may hold NaN
     a = focal_class_weight(alpha, class_weight, z)
     carried = None if a is None else a[target]
-    losses = torch.where(counted, _focal(z, target, gamma) * (1 if carried is None else carried), 0)
+    losses = _focal(z, target, gamma)
+    losses = losses if carried is None else losses * carried
+    foreground = target > 0
+    if counted is not None:
+        losses, foreground = torch.where(counted, losses, 0), foreground & counted
     rows, counted_rows = combine_inner(losses, counted, inner)
     return reduce_losses(
         rows,
         counted=counted_rows,
         weight=weight,
         carried_weight=None if carried is None else combine_inner(carried, counted, inner)[0],
-        positives=(counted & (target > 0)).sum(),
+        positives=foreground.sum(),
         reduction=reduction,
         normalizer=normalizer,
         sync=sync,
