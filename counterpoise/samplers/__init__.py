@@ -8,6 +8,7 @@ from counterpoise._core import second_pass
 from counterpoise.samplers.class_frequency import (
     ClassBalancedSampler,
     ClassFrequencySampler,
+    DeferredBalancedSampler,
     ProgressivelyBalancedSampler,
     SquareRootSampler,
     class_sampling_probabilities,
@@ -20,6 +21,7 @@ from counterpoise.samplers.group_dro import GroupDRO
 __all__ = [
     "ClassBalancedSampler",
     "ClassFrequencySampler",
+    "DeferredBalancedSampler",
     "EpochSampler",
     "GroupDRO",
     "ProgressivelyBalancedSampler",

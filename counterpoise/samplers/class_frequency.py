@@ -166,3 +166,43 @@ class ProgressivelyBalancedSampler(ClassFrequencySampler):
     def class_probabilities(self) -> Tensor:
         """(C,) float64: the prior that training sees in the present epoch."""
         return progressive_probabilities(self.class_counts, self.epoch, self.num_epochs, inclusive=self.inclusive)
+
+
+class DeferredBalancedSampler(ClassFrequencySampler):
+    """Deferred re-sampling (DRS): instance-balanced first, another frequency rule late in training.
+
+    Args:
+        targets: (N,) class indices of the training set.
+        num_epochs: T >= 1, length of training.
+        switch_at: fraction of the epochs in [0, 1] behind which the rule changes.
+        exponent: of the late rule, in [0, 1]; 0 is class-balanced.
+        num_samples: draws an epoch over all ranks; None = N.
+        seed: >= 0.
+    """
+
+    spec = Spec(
+        task="sampler",
+        source="Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss, 2019, code (DRS)",
+        needs=("targets", "num_epochs"),
+    )
+
+    def __init__(
+        self,
+        targets: Tensor,
+        num_epochs: int,
+        *,
+        switch_at: float = 0.8,
+        exponent: float = 0.0,
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(targets, exponent, num_samples=num_samples, seed=seed)
+        check_number("num_epochs", num_epochs, 1)
+        check_number("switch_at", switch_at, 0, 1)
+        self.switch_epoch = round(switch_at * num_epochs)
+
+    @property
+    def class_probabilities(self) -> Tensor:
+        """(C,) float64: the prior that training sees in the present epoch."""
+        exponent = self.exponent if self.epoch >= self.switch_epoch else 1.0
+        return class_sampling_probabilities(self.class_counts, exponent)

@@ -13,6 +13,7 @@ from counterpoise.losses import LogitAdjustedLoss
 from counterpoise.samplers import (
     ClassBalancedSampler,
     ClassFrequencySampler,
+    DeferredBalancedSampler,
     EpochSampler,
     ProgressivelyBalancedSampler,
     ShuffleSampler,
@@ -31,6 +32,7 @@ SAMPLERS: dict[str, Callable[[], EpochSampler]] = {
     "instance": lambda: ClassFrequencySampler(TARGETS, seed=3),
     "balanced": lambda: ClassBalancedSampler(TARGETS, seed=3),
     "square_root": lambda: SquareRootSampler(TARGETS, seed=3),
+    "deferred": lambda: DeferredBalancedSampler(TARGETS, 5, seed=3),
     "progressive": lambda: ProgressivelyBalancedSampler(TARGETS, 5, seed=3),
 }
 
@@ -93,6 +95,16 @@ def test_a_schedule_of_one_epoch_is_balanced() -> None:
 
 def test_beyond_its_end_the_schedule_stays_balanced() -> None:
     assert_close(progressive_probabilities(COUNTS, 9, 5).tolist(), [0.25] * 4)
+
+
+def test_deferred_balancing_changes_the_rule_at_the_switch() -> None:
+    sampler = DeferredBalancedSampler(TARGETS, num_epochs=10, switch_at=0.8)
+    instance, balanced = class_sampling_probabilities(COUNTS, 1.0), class_sampling_probabilities(COUNTS, 0.0)
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        assert_close(sampler.class_probabilities, balanced if epoch >= 8 else instance)
+    every = DeferredBalancedSampler(TARGETS, num_epochs=10, switch_at=0, exponent=0.5)
+    assert_close(every.class_probabilities, class_sampling_probabilities(COUNTS, 0.5))
 
 
 def test_a_progressive_sampler_tells_the_prior_of_its_epoch() -> None:
