@@ -12,6 +12,8 @@ from torch.nn.functional import one_hot
 from torchmetrics.classification import MulticlassAccuracy
 
 from counterpoise._core import Spec
+from counterpoise.recipes.data.datamodule import LabelledData
+from counterpoise.recipes.evaluation import Evaluation, classification_metrics
 from counterpoise.recipes.models import BatchAugment
 from counterpoise.samplers import reweighted_loss
 
@@ -33,6 +35,7 @@ class LongTailed(pl.LightningModule):
         optimizer: parameters to an optimiser; None = SGD with momentum 0.9, learning rate 0.1, weight decay 2e-4.
         scheduler: (optimiser, total steps) to a scheduler stepped every step; None = constant.
         augment: of batches of images; None = none.
+        many, few: classes with more, or fewer, training examples are the head and the tail of the evaluation.
 
     Raises:
         ValueError: parts that do not fit together; said before any training.
@@ -51,6 +54,8 @@ class LongTailed(pl.LightningModule):
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         augment: BatchAugment | None = None,
+        many: int = 100,
+        few: int = 20,
     ) -> None:
         super().__init__()
         check_fit(loss, reweighter, self.tasks)
@@ -60,6 +65,7 @@ class LongTailed(pl.LightningModule):
         self.reweighter = reweighter
         self.augment = augment
         self.num_classes = num_classes
+        self.many, self.few = many, few
         self._make_optimizer = optimizer or sgd
         self._make_scheduler = scheduler
         if reweighter is not None:
@@ -123,6 +129,14 @@ class LongTailed(pl.LightningModule):
         """What predictions.npz holds: index, target, logits, and group where known."""
         kept: Batch = {name: batch[name] for name in ("index", "target", "group") if name in batch}
         return kept | {"logits": self.model(batch["input"]).float()}
+
+    def evaluate(self, predictions: dict[str, Tensor], data: LabelledData) -> Evaluation:
+        """Metrics of what :meth:`predict_step` gave for a split."""
+        names = data.splits.class_names
+        logits, target = predictions["logits"], predictions["target"]
+        return classification_metrics(
+            logits, target, data.class_counts, many=self.many, few=self.few, class_names=names
+        )
 
     def on_train_start(self) -> None:
         """Checks loss and sampler against each other."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from counterpoise.recipes.callbacks import Checkpoints, History, RandomStates
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.errors import ConfigError, one_sentence
-from counterpoise.recipes.evaluation import classification_metrics
 from counterpoise.recipes.report import write_report
 from counterpoise.recipes.run_folder import (
     check_checkpoint,
@@ -67,7 +66,7 @@ def fit(
     """Trains, evaluates and reports into ``folder``.
 
     Args:
-        recipe: what is trained; data: what on.
+        recipe: what is trained, with ``predict_step`` and ``evaluate`` as :class:`LongTailed` has them; data: what on.
         folder: of the run, made if need be.
         max_epochs: >= 1.
         seed: of everything random that is left.
@@ -165,9 +164,7 @@ def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledDat
     for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         batches: Any = trainer.predict(recipe, dataloaders=loader)
         predictions: dict[str, Tensor] = {name: torch.cat([b[name].cpu() for b in batches]) for name in batches[0]}
-        found[split] = classification_metrics(
-            predictions["logits"], predictions["target"], data.class_counts, class_names=data.splits.class_names
-        )
+        found[split] = recipe.evaluate(predictions, data)  # type: ignore[operator]
         notes += found[split].notes
     if trainer.is_global_zero:
         write_predictions(folder, predictions)

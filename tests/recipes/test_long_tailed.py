@@ -219,3 +219,13 @@ def test_two_processes_never_train_into_one_folder(digits: LabelledData, tmp_pat
     with locked(tmp_path), pytest.raises(ConfigError, match="in use"):
         fit(recipe(CrossEntropyLoss()), digits, folder=tmp_path, max_epochs=1, **QUIET)
     assert not in_use(tmp_path)
+
+
+def test_head_and_tail_are_what_the_recipe_says(digits: LabelledData, tmp_path: Path) -> None:
+    made = recipe(CrossEntropyLoss(), many=50, few=10)
+    bands = fit(made, digits, folder=tmp_path, max_epochs=1, **QUIET).metrics
+    assert bands["bands"]["rule"] == "thresholds"
+    tail = [
+        count for count, band in zip(digits.class_counts, bands["per_class"]["band"], strict=True) if band == "tail"
+    ]
+    assert sorted(tail) == sorted(count for count in digits.class_counts if count < 10)
