@@ -7,6 +7,7 @@ item's own split, 0 .. len - 1: what samplers draw and what state kept per examp
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 
-class Examples(Dataset[dict[str, Any]]):
+class Examples(Dataset[dict[str, Any]], ABC):
     """Map-style data set of dicts that knows its labels without reading an input.
 
     Attributes:
@@ -44,9 +45,9 @@ class Examples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([range(len(self))[index]])[0]
 
+    @abstractmethod
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The items at ``indices``, read together (a DataLoader prefers this form)."""
-        raise NotImplementedError
 
     def describe(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """``dict(target, index[, group])`` of each of ``indices``, as integers, without reading an input."""
