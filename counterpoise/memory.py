@@ -99,7 +99,7 @@ class ClassStatistics(PreciseBuffers):
                 'zero_count="ignore" or "smooth"'
             )
         self.zero_count = zero_count
-        self.register_buffer("counts", counts.cpu())
+        self.register_buffer("counts", counts.cpu().clone())
         smoothed = self.smoothed_counts.double()
         self.register_buffer("prior", smoothed / smoothed.sum())
 

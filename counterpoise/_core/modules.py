@@ -46,7 +46,10 @@ class Loss(PreciseBuffers):
         check_reduction(options["reduction"], options["normalizer"])
         self._option_names = tuple(options)
         for name, value in options.items():
-            setattr(self, name, value)
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,4 +73,6 @@ class Loss(PreciseBuffers):
         """Replaces the class weights (C,) of a loss that has them; what deferred re-weighting calls."""
         if "class_weight" not in self._buffers:
             raise ValueError(f"{type(self).__name__} takes no class_weight")
-        self.class_weight = None if class_weight is None else torch.as_tensor(class_weight)
+        here = self._buffers["class_weight"]
+        given = None if class_weight is None else torch.as_tensor(class_weight).detach().clone()
+        self.class_weight = given if given is None or here is None else given.to(here.device)

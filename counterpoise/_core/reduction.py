@@ -38,7 +38,7 @@ def combine_inner(losses: Tensor, counted: Tensor | None, inner: str) -> tuple[T
         return losses, counted
     entries = losses.flatten(1)
     if counted is None:
-        return (entries.mean(1) if inner == "mean" else entries.sum(1)), None
+        return (entries.sum(1) / max(entries.shape[1], 1) if inner == "mean" else entries.sum(1)), None
     counts = counted.flatten(1).sum(1)
     rows = torch.where(counted.flatten(1), entries, 0).sum(1)
     return (rows / counts.clamp_min(1) if inner == "mean" else rows), counts > 0

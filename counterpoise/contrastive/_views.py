@@ -45,6 +45,8 @@ def as_rows(
     """
     v, n, _ = views.shape
     check_per_row("labels", labels, views[0])
+    if labels is not None and labels.is_floating_point():
+        raise TypeError(f"labels has dtype {labels.dtype}, expected class indices of an integer type")
     check_per_row("weight", weight, views[0])
     check_per_row("mask", mask, views[0], dtype=torch.bool)
     z = at_least_float32(views)
@@ -69,4 +71,7 @@ def all_ranks(rows: Rows, *, sync: bool) -> tuple[Tensor, Tensor, Tensor | None]
     masked = None if rows.counted is None else torch.where(rows.counted, 0.0, -torch.inf)
     if not sync:
         return rows.z, rows.ids, masked
-    return gather_rows(rows.z), gather_rows(rows.ids), None if masked is None else gather_rows(masked)
+    masked = (
+        rows.z.new_zeros(len(rows.z)) if masked is None else masked.to(rows.z.dtype)
+    )  # on every rank, masked or not
+    return gather_rows(rows.z), gather_rows(rows.ids), gather_rows(masked.detach())

@@ -86,8 +86,8 @@ def info_nce(
         rows have a positive.
     """
     q, k = at_least_float32(queries), at_least_float32(keys)
-    tau = temperature.to(q.dtype).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
-    q = q / tau
+    tau = temperature.to(q.dtype) if isinstance(temperature, Tensor) else temperature
+    q = q / (tau[:, None] if isinstance(tau, Tensor) and tau.ndim else tau)
     rows = max(1, tile_elements // max(len(k), 1))
     whole = len(q) <= rows
     parts = []
@@ -130,7 +130,7 @@ def _tile(
     if extra_logits is not None:
         logits = torch.cat([logits, extra_logits.to(s.dtype)], dim=1)
     mass = t.sum(1)
-    valid = (mass > 0) & (logits > -torch.inf).any(1)
+    valid = (mass > 0) & (logits != -torch.inf).any(1)  # NaN is a value too
     lse = torch.where(valid[:, None], logits, 0).logsumexp(1)
     similarity = torch.where(t > 0, t * s, 0).sum(1) / torch.where(mass > 0, mass, 1)
     return lse, torch.where(valid, similarity - lse, 0), valid

@@ -62,6 +62,8 @@ def ntxent_loss(
     if not isinstance(temperature, Tensor):
         check_number("temperature", temperature, 0, open_low=True)
     check_choice("reduction_over", reduction_over, ("valid", "all"))
+    if bank is not None and not normalize:
+        raise ValueError("normalize is False, expected True with a bank: its keys are unit vectors")
     views = stack_views(z, other)
     sync = sync and world_size() > 1
     rows = as_rows(views, labels, weight, mask, normalize=normalize, sync=sync)
@@ -77,7 +79,7 @@ def ntxent_loss(
             temperature=temperature,
         )
     else:
-        rows, result = _against_bank(rows, views, bank, temperature, labelled=labels is not None)
+        rows, result = _against_bank(rows, views, bank, temperature, labelled=labels is not None, sync=sync)
     counted = result.valid if reduction_over == "valid" else torch.ones_like(result.valid)
     if rows.counted is not None:
         counted = counted & rows.counted
@@ -92,7 +94,7 @@ def ntxent_loss(
 
 
 def _against_bank(
-    rows: Rows, views: Tensor, bank: MemoryBank, temperature: float | Tensor, *, labelled: bool
+    rows: Rows, views: Tensor, bank: MemoryBank, temperature: float | Tensor, *, labelled: bool, sync: bool
 ) -> tuple[Rows, InfoNCE]:
     """Anchors of the first view against their second view and the bank."""
     v, n, d = views.shape
@@ -102,16 +104,15 @@ def _against_bank(
     unknown = torch.full_like(bank.labels, -1)  # without labels each example is its own: the bank's say nothing of it
     of_bank = torch.stack([unknown, bank.labels if labelled else unknown], dim=1)
     unusable = torch.where(bank.valid, 0.0, -torch.inf)
-    own = torch.zeros(n, device=unusable.device)
-    if rows.counted is not None:
-        own = torch.where(rows.counted[n:], own, -torch.inf)
+    # with labels a positive may lie on another rank; without, it is the row's own second view
+    keys, key_ids, own = all_ranks(Rows(*(None if x is None else x[n:] for x in rows)), sync=sync and labelled)  # type: ignore[arg-type]
     result = info_nce(
         anchors.z,
-        torch.cat([rows.z[n:], bank.keys.to(rows.z)]),
+        torch.cat([keys, bank.keys.to(keys)]),
         query_ids=anchors.ids,
-        key_ids=torch.cat([rows.ids[n:], of_bank]),
+        key_ids=torch.cat([key_ids, of_bank]),
         candidate=positive_or_bank,
-        key_log_weight=torch.cat([own, unusable]),
+        key_log_weight=torch.cat([torch.zeros_like(keys[:, 0]) if own is None else own, unusable.to(keys.dtype)]),
         temperature=temperature,
     )
     return anchors, result

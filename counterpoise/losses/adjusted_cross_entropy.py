@@ -58,8 +58,8 @@ def adjusted_cross_entropy(
         mask: bool, True = counts; (N,) rows or the shape of the class indices.
         inner: how the entries of a dense row (d1, ...) combine: "mean" over those that count, "sum", or "none".
         reduction: "none" gives (N,), or the entries with inner="none"; "mean", "sum".
-        normalizer: what "mean" divides by: "count" (rows that count), "weight" (sum of weight * class weight: what
-            torch divides by), "positives" (as "count") or a number.
+        normalizer: what "mean" divides by: "count" (rows that count), "weight" (sum of weight * class weight: for
+            class indices (N,) what torch divides by), "positives" (as "count") or a number.
         sync: denominators are summed over ranks.
 
     Returns:
@@ -81,8 +81,8 @@ def adjusted_cross_entropy(
         check_within("target", target, 0, 1, what="probabilities")
     else:
         target, counted = class_indices(target, z.shape[1], ignore_index, mask)
-    if mask is not None:
-        z = torch.where(counted.unsqueeze(1), z, 0)  # type: ignore[union-attr]  # what is masked may hold NaN
+    if counted is not None:
+        z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
     adjusted = adjust(z, target, additive, multiplicative, margin, scale)
     w = None if class_weight is None else class_vector("class_weight", class_weight, z)
     if soft or label_smoothing > 0:
@@ -90,6 +90,8 @@ def adjusted_cross_entropy(
     else:
         losses = torch_cross_entropy(adjusted, target, weight=w, reduction="none")
         carried = None if w is None else w[target]
+    if carried is None and normalizer == "weight":
+        carried = torch.ones_like(losses)  # as class weights of one
     if counted is not None:
         losses = torch.where(counted, losses, 0)
     rows, counted_rows = combine_inner(losses, counted, inner)

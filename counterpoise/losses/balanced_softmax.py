@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from counterpoise._core import Loss, Spec
@@ -87,7 +86,8 @@ class BalancedSoftmaxLoss(Loss):
     ) -> None:
         super().__init__(ignore_index=ignore_index, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
         self.statistics = ClassStatistics(class_counts, zero_count)
-        self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
+        self.register_buffer("class_weight", None)
+        self.set_class_weight(class_weight)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from counterpoise._core import Loss, Spec
@@ -81,7 +80,8 @@ class CrossEntropyLoss(Loss):
             normalizer=normalizer,
             sync=sync,
         )
-        self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
+        self.register_buffer("class_weight", None)
+        self.set_class_weight(class_weight)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None

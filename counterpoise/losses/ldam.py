@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from counterpoise._core import Loss, Spec, check_number
+from counterpoise._core import Loss, Spec, at_least_float32, check_number, without_autocast
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from counterpoise.memory import ClassCounts, ClassStatistics
 
@@ -121,7 +121,8 @@ class LDAMLoss(Loss):
         check_number("max_margin", max_margin, 0)
         check_number("scale", scale, 0, open_low=True)
         self.statistics = ClassStatistics(class_counts, zero_count)
-        self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
+        self.register_buffer("class_weight", None)
+        self.set_class_weight(class_weight)
         self._looked = False
 
     def forward(
@@ -166,5 +167,10 @@ class CosineLinear(nn.Module):
         self.weight = nn.Parameter(normalize(torch.empty(num_classes, in_features).uniform_(-1, 1), dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, d) to cosines (N, C)."""
-        return linear(normalize(features, dim=1), normalize(self.weight, dim=1))
+        """Features (N, d) to cosines (N, C), at least float32."""
+        with without_autocast(features):
+            unit, classes = (
+                normalize(at_least_float32(features), dim=1),
+                normalize(at_least_float32(self.weight), dim=1),
+            )
+            return linear(unit, classes.to(unit.dtype))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterpoise._core import Loss, Spec, check_number
+from counterpoise._core import Loss, Spec, at_least_float32, check_number
 from counterpoise.losses._inputs import along_classes, class_vector
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from counterpoise.memory import ClassCounts, ClassStatistics
@@ -72,8 +72,8 @@ def post_hoc_logit_adjustment(
 
     Not for a model trained with :func:`logit_adjusted_loss` or another prior-based loss: that corrects twice.
     """
-    adjustment = class_vector("class_counts", prior_adjustment(class_counts, tau, epsilon), logits)
-    return logits - along_classes(adjustment, logits)
+    z = at_least_float32(logits)
+    return z - along_classes(class_vector("class_counts", prior_adjustment(class_counts, tau, epsilon), z), z)
 
 
 def prior_adjustment(class_counts: ClassCounts | ClassStatistics, tau: float, epsilon: float) -> Tensor:
@@ -126,7 +126,8 @@ class LogitAdjustedLoss(Loss):
         check_number("tau", tau, 0)
         check_number("epsilon", epsilon, 0)
         self.statistics = ClassStatistics(class_counts, zero_count)
-        self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
+        self.register_buffer("class_weight", None)
+        self.set_class_weight(class_weight)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None

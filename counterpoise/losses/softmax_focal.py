@@ -55,10 +55,12 @@ def softmax_focal_loss(
     if z.shape[1] < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected at least two classes")
     target, counted = class_indices(target, z.shape[1], ignore_index, mask)
-    if mask is not None:
-        z = torch.where(counted.unsqueeze(1), z, 0)  # type: ignore[union-attr]  # what is masked may hold NaN
+    if counted is not None:
+        z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
     a = focal_class_weight(alpha, class_weight, z)
     carried = None if a is None else a[target]
+    if carried is None and normalizer == "weight":
+        carried = torch.ones_like(target, dtype=z.dtype)  # as class weights of one
     losses = _focal(z, target, gamma)
     losses = losses if carried is None else losses * carried
     foreground = target > 0
@@ -135,7 +137,8 @@ class SoftmaxFocalLoss(Loss):
             sync=sync,
         )
         check_number("gamma", gamma, 0)
-        self.register_buffer("class_weight", None if class_weight is None else torch.as_tensor(class_weight))
+        self.register_buffer("class_weight", None)
+        self.set_class_weight(class_weight)
 
     def forward(
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None

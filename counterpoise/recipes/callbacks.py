@@ -50,13 +50,19 @@ class DeferredReweighting(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Refuses a loss that cannot take the weights, before any training."""
-        loss = pl_module.loss
+        if stage != "fit":
+            return
+        loss, name = pl_module.loss, type(pl_module.loss).__name__
         if "class_weight" not in getattr(loss, "_buffers", {}):
-            raise ValueError(f"deferred re-weighting got {type(loss).__name__}, expected a loss with class_weight")
-        if stage == "fit" and loss.class_weight is not None:
-            raise ValueError(
-                f"{type(loss).__name__} has class_weight already, and deferred re-weighting sets it: drop one"
-            )
+            raise ValueError(f"deferred re-weighting got {name}, expected a loss with class_weight")
+        weighs = loss.class_weight is not None and not getattr(loss, "deferred", False)
+        if weighs or (hasattr(loss, "class_weight") and getattr(loss, "alpha", None) is not None):
+            raise ValueError(f"{name} has class_weight or alpha already, and deferred re-weighting sets it: drop one")
+        if getattr(getattr(pl_module, "reweighter", None), "by", None) == "target":
+            raise ValueError("class weights in both deferred re-weighting and a reweighter by target: drop one")
+        if (trainer.max_epochs or 0) < 1:
+            raise ValueError(f"max_epochs is {trainer.max_epochs}, expected at least 1: the switch is a fraction of it")
+        loss.deferred = True  # the weights are ours: a further fit may set them again
         self._apply(trainer, pl_module, epoch=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -68,7 +74,7 @@ class DeferredReweighting(pl.Callback):
         self._apply(trainer, pl_module, trainer.current_epoch)
 
     def _apply(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
-        switch_epoch = round(self.switch_at * (trainer.max_epochs or 1))
+        switch_epoch = round(self.switch_at * trainer.max_epochs)  # type: ignore[operator]
         weights = effective_number_weights(
             self.class_counts, deferred_beta(epoch, switch_epoch=switch_epoch, after=self.beta)
         )
@@ -98,10 +104,12 @@ class Checkpoints(pl.Callback):
         self.best_score: float | None = None
         self.best_epoch: int | None = None
         self._saved_step = 0
+        self._stopped = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """The state that a run starts from is not written again."""
+        """The state that a run starts from is not written again; a run that had stopped early stays stopped."""
         self._saved_step = trainer.global_step
+        trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
         """Saves ``last.ckpt`` of the steps so far, before the next one.
@@ -122,14 +130,16 @@ class Checkpoints(pl.Callback):
             raise ConfigError(f"callbacks.checkpoints.monitor is {self.monitor!r}, expected one of {known}{hint}")
         if trainer.sanity_checking:
             return
-        score = float(trainer.callback_metrics[self.monitor])
-        better = self.best_score is None or (score > self.best_score if self.mode == "max" else score < self.best_score)
+        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))  # saving takes all ranks
+        best = self.best_score
+        better = score == score and (best is None or (score > best if self.mode == "max" else score < best))  # not NaN
         if better:
             self.best_score, self.best_epoch = score, trainer.current_epoch
             self._save(trainer, "best.ckpt", weights_only=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Saves ``last.ckpt``."""
+        self._stopped = trainer.should_stop
         self._save(trainer, "last.ckpt")
 
     def _save(self, trainer: pl.Trainer, name: str, weights_only: bool = False) -> None:
@@ -142,12 +152,13 @@ class Checkpoints(pl.Callback):
             os.replace(aside, self.folder / name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best_score": self.best_score, "best_epoch": self.best_epoch}
+        """The best value so far, and whether training was stopped early."""
+        return {"best_score": self.best_score, "best_epoch": self.best_epoch, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from the best value so far."""
         self.best_score, self.best_epoch = state_dict["best_score"], state_dict["best_epoch"]
+        self._stopped = state_dict["stopped"]
 
 
 class RandomStates(pl.Callback):

@@ -23,7 +23,8 @@ Batch = dict[str, Any]
 class LongTailed(pl.LightningModule):
     """Classification on long-tailed data: ``LongTailed(model, LogitAdjustedLoss(data.class_counts))``.
 
-    With a reweighter, the loss is taken per row and composed as :func:`~counterpoise.samplers.reweighted_loss` says.
+    With a reweighter, the loss is taken per row and composed as :func:`~counterpoise.samplers.reweighted_loss` says; a
+    normaliser of the loss's own then does not apply.
     A prior-based loss follows the sampler: with a re-balancing one it is given the sampled prior, every epoch.
 
     Args:
@@ -139,16 +140,21 @@ class LongTailed(pl.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        """Checks loss and sampler against each other."""
+        """Checks loss and sampler against each other: ValueError where the sampled prior cannot be known."""
+        check_sampler(self.loss, self._sampler())
         self._follow_sampler()
 
     def on_train_epoch_start(self) -> None:
         """Gives a prior-based loss the prior that this epoch's sampler makes."""
         self._follow_sampler()
 
+    def _sampler(self) -> Any:
+        """Of the data module, or of the loader that the Trainer was given."""
+        module = getattr(self.trainer, "datamodule", None)
+        return getattr(module, "train_sampler", None) or getattr(self.trainer.train_dataloader, "sampler", None)
+
     def _follow_sampler(self) -> None:
-        sampler = getattr(self.trainer.datamodule, "train_sampler", None)  # type: ignore[attr-defined]
-        prior = getattr(sampler, "class_probabilities", None)
+        prior = getattr(self._sampler(), "class_probabilities", None)
         if prior is not None and uses_prior(self.loss):
             self.loss.statistics.set_prior(prior)  # type: ignore[union-attr, operator]
 
@@ -183,7 +189,8 @@ def check_fit(loss: nn.Module, reweighter: nn.Module | None, tasks: tuple[str, .
         raise ValueError(f"loss {name} has no value per row, so no reweighter composes with it")
     if not hasattr(loss, "reduction"):
         raise ValueError(f'loss {name} has no reduction="none", which reweighter {type(reweighter).__name__} needs')
-    weighs = getattr(loss, "class_weight", None) is not None or name == "ClassBalancedLoss"
+    own = getattr(loss, "class_weight", None) is not None or getattr(loss, "weight", None) is not None  # ours, torch's
+    weighs = own or name == "ClassBalancedLoss"
     if weighs and getattr(reweighter, "by", None) == "target":
         raise ValueError(f"class weights in both loss {name} and reweighter {type(reweighter).__name__}: drop one")
 

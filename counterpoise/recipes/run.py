@@ -23,6 +23,7 @@ from counterpoise.recipes.run_folder import (
     command_line,
     config_hash,
     environment,
+    forget_checkpoints,
     locked,
     open_folder,
     read_metrics,
@@ -106,6 +107,8 @@ def fit(
     keeps = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
     with locked(folder) if keeps else nullcontext():
         if keeps:
+            if not going_on:
+                forget_checkpoints(folder)
             write_config(folder, config)
             write_metrics(folder, metrics)
         try:

@@ -51,7 +51,7 @@ def open_folder(folder: Path) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have been faster
     except OSError as error:
         raise ConfigError(f"run folder {str(folder)!r} cannot be written: {error.strerror}") from error
 
@@ -170,6 +170,12 @@ def command_line() -> str:
     import shlex
 
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints of an earlier run in the folder: a new run must never be taken for it."""
+    for file in (folder / "checkpoints").glob("*.ckpt*"):
+        file.unlink()
 
 
 def check_checkpoint(file: Path) -> None:

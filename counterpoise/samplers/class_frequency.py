@@ -29,6 +29,8 @@ def class_sampling_probabilities(class_counts: ClassCounts, exponent: float) -> 
     """
     check_number("exponent", exponent, 0, 1)
     n = torch.as_tensor(class_counts).double()
+    if not bool((n >= 0).all()) or float(n.sum()) == 0:
+        raise ValueError(f"class_counts is {n.tolist()}, expected numbers >= 0 and at least one example")
     p = torch.where(n > 0, n**exponent, 0)
     return p / p.sum()
 

@@ -51,7 +51,8 @@ def reweighted_loss(
         losses: (N,) from a loss with ``reduction="none"``.
         reweighter: None = the mean over counted rows, weighted by ``weight``.
         weight: (N,) of the batch; None = ones.
-        mask: (N,) bool, True = counts. Rows that do not count are not shown to the reweighter.
+        mask: (N,) bool, True = counts. Rows that do not count are not shown to the reweighter; rows of a loss's
+            ``ignore_index`` are not known here, so mask them.
         target, group, index, features: (N, ...) what the reweighter may need.
 
     Returns:
@@ -65,6 +66,8 @@ def reweighted_loss(
     check_per_row("weight", weight, losses)
     check_per_row("mask", mask, losses, dtype=torch.bool)
     s = torch.ones_like(losses) if weight is None else weight.to(losses.dtype)
+    if mask is not None:  # what does not count may hold NaN
+        losses, s = torch.where(mask, losses, 0), torch.where(mask, s, 0)
     if reweighter is None:
         w, normalization = torch.ones_like(losses), "mean_one"
     else:

@@ -99,6 +99,8 @@ class GroupDRO(PreciseBuffers):
         check_choice("by", by, ("group", "target"))
         if greedy_alpha is not None:
             check_number("greedy_alpha", greedy_alpha, 0, 1, open_low=True)
+            if int(counts.sum()) == 0:
+                raise ValueError("group_counts sums to 0, expected at least one example")
         self.step_size = step_size
         self.normalize_loss = normalize_loss
         self.absent = absent
@@ -107,7 +109,7 @@ class GroupDRO(PreciseBuffers):
         self.min_variance_weight = min_variance_weight
         self.by = by
         groups = len(counts)
-        self.register_buffer("group_counts", counts.to(torch.int64))
+        self.register_buffer("group_counts", counts.to(torch.int64).clone())
         self.register_buffer("bonus", size / counts.double().sqrt().clamp_min(1))
         self.register_buffer("log_q", torch.zeros(groups, dtype=torch.float64).log_softmax(0))
         self.register_buffer("ema_loss", torch.zeros(groups, dtype=torch.float64))
@@ -180,6 +182,6 @@ class GroupDRO(PreciseBuffers):
         full = ordered.cumsum(0) <= alpha
         weights = torch.where(full, ordered / alpha, 0)
         last = full.sum().clamp_max(len(order) - 1)
-        weights[last] += 1 - weights.sum()
+        weights = weights + torch.where(torch.arange(len(order), device=order.device) == last, 1 - weights.sum(), 0)
         mixed = self.min_variance_weight * ordered + (1 - self.min_variance_weight) * weights
         return torch.empty_like(mixed).scatter_(0, order, mixed)

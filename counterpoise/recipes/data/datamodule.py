@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python, numpy and torch generators seeded inside, and put back as they were afterwards."""
+    """Python, numpy and torch's CPU generators seeded inside, and put back as they were afterwards."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every device's, too
     try:
         yield
     finally:
@@ -151,9 +151,14 @@ class LabelledData(pl.LightningDataModule):
             return dict(self._position)
         loop: Any = self.trainer.fit_loop
         epoch = loop.epoch_progress.current
-        at_its_end = epoch.processed > epoch.completed
+        inside = epoch.started > epoch.completed and epoch.processed == epoch.completed
         trained = loop.epoch_loop.batch_progress.current.processed
-        return {"epoch": epoch.processed, "batches": 0 if at_its_end else trained}
+        return {"epoch": epoch.processed, "batches": trained if inside else 0}
+
+    def teardown(self, stage: str) -> None:
+        """A further fit with the same data starts at the beginning."""
+        if stage == "fit":
+            self._position = {"epoch": 0, "batches": 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next training loader starts behind ``batches`` of ``epoch``."""
