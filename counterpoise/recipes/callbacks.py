@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from counterpoise._core import check_choice, check_number
 from counterpoise._core.checks import did_you_mean
@@ -81,10 +82,11 @@ class DeferredReweighting(pl.Callback):
         pl_module.loss.set_class_weight(weights.float().to(pl_module.device))
 
 
-class Checkpoints(pl.Callback):
+class Checkpoints(Checkpoint):
     """``last.ckpt`` every so many steps and at each epoch's end, ``best.ckpt`` by a monitored value.
 
-    Files are written aside and moved into place, so a run killed while writing leaves the previous one whole.
+    Of Lightning's kind, so that it hears of an epoch's end behind early stopping and saves what that decided. Files are
+    written aside and moved into place, so a run killed while writing leaves the previous one whole.
 
     Args:
         folder: where they go.

@@ -144,7 +144,7 @@ def _trainer(
             default_root_dir=folder,
             logger=list(loggers) or False,
             callbacks=added,
-            enable_checkpointing=False,
+            enable_checkpointing=True,  # ours, which is there: Lightning then adds none
             use_distributed_sampler=False,
             enable_model_summary=False,
             **options,

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from counterpoise.contrastive import NTXentLoss, ntxent_loss
 from counterpoise.memory import MemoryBank
+from tests.pool import Pool
 
 
 def views(count: int = 2, n: int = 5, width: int = 4) -> Tensor:
@@ -236,3 +237,39 @@ def test_a_gradient_reaches_the_positive_key_beside_a_bank() -> None:
 def test_what_does_not_fit_is_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_nan_embeddings_are_never_a_loss_of_zero() -> None:
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    a[0] = torch.nan
+    assert ntxent_loss(a, b).isnan()
+    bank = MemoryBank(5, 3, init="random")
+    assert ntxent_loss(a, b, bank=bank, reduction="none").isnan().tolist() == [True, False, False, False]
+
+
+def test_a_bank_of_unit_vectors_needs_normalised_views() -> None:
+    with pytest.raises(ValueError, match="normalize is False"):
+        ntxent_loss(torch.randn(4, 3), torch.randn(4, 3), bank=MemoryBank(5, 3), normalize=False)
+
+
+def one_rank_masks(rank: int) -> float:
+    z = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+    return ntxent_loss(z, z + 0.1, mask=torch.ones(4, dtype=torch.bool) if rank == 0 else None).item()
+
+
+def test_a_mask_on_one_rank_alone_does_not_hang(ranks: Pool) -> None:
+    assert len(set(ranks.run(one_rank_masks))) == 3
+
+
+def labelled_against_bank(rank: int, split: tuple[int, ...]) -> float:
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 9, 3, generator=g, dtype=torch.float64)
+    labels, bank = torch.arange(9) % 2, MemoryBank(6, 3, dtype=torch.float64)
+    bank.enqueue(torch.randn(6, 3, generator=g, dtype=torch.float64), torch.arange(6) % 2)
+    rows = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    return ntxent_loss(a[rows], b[rows], labels=labels[rows], bank=bank).item()
+
+
+def test_labels_and_a_bank_over_ranks_equal_one_process(ranks: Pool) -> None:
+    values = ranks.run(labelled_against_bank, (4, 3, 2))
+    assert sum(values) / 3 == pytest.approx(labelled_against_bank(0, (9,)), rel=1e-9)

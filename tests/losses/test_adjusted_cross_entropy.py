@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from counterpoise.losses import (
     CrossEntropyLoss,
+    LogitAdjustedLoss,
     adjusted_cross_entropy,
     balanced_softmax_loss,
     class_balanced_loss,
@@ -22,6 +23,7 @@ from counterpoise.losses import (
     ldam_loss,
     ldam_margins,
     logit_adjusted_loss,
+    softmax_focal_loss,
 )
 
 CLASSES = 4
@@ -281,3 +283,31 @@ def test_a_class_index_out_of_range_is_named() -> None:
 def test_probabilities_of_the_wrong_shape_are_told_from_indices() -> None:
     with pytest.raises(ValueError, match=r"dtype torch.float64, expected class indices \(8,\) of an integer type, or"):
         cross_entropy_loss(rows()[0], torch.zeros(8, dtype=torch.float64))
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    z = torch.tensor([[-torch.inf, torch.nan], [0.0, 2.0]], requires_grad=True)
+    for loss in (cross_entropy_loss, softmax_focal_loss):
+        z.grad = None
+        value = loss(z, torch.tensor([-100, 1]))
+        value.backward()
+        assert value.isfinite()
+        assert z.grad.isfinite().all()
+
+
+def test_class_weights_of_one_change_nothing_for_any_inner_and_normaliser() -> None:
+    z, t = torch.randn(4, 3, 5), torch.randint(3, (4, 5))
+    for inner in ("mean", "sum", "none"):
+        for normalizer in ("count", "weight"):
+            options = {"inner": inner, "normalizer": normalizer}
+            plain = cross_entropy_loss(z, t, **options)
+            torch.testing.assert_close(cross_entropy_loss(z, t, class_weight=torch.ones(3), **options), plain)
+
+
+def test_buffers_are_not_the_callers_tensors() -> None:
+    weights, counts = torch.tensor([1.0, 2.0]), torch.tensor([5, 2])
+    CrossEntropyLoss(weights).load_state_dict({"class_weight": torch.tensor([9.0, 9.0])})
+    other = LogitAdjustedLoss(torch.tensor([10, 4]))
+    LogitAdjustedLoss(counts).load_state_dict(other.state_dict())
+    assert weights.tolist() == [1.0, 2.0]
+    assert counts.tolist() == [5, 2]

@@ -229,3 +229,48 @@ def test_head_and_tail_are_what_the_recipe_says(digits: LabelledData, tmp_path: 
         count for count, band in zip(digits.class_counts, bands["per_class"]["band"], strict=True) if band == "tail"
     ]
     assert sorted(tail) == sorted(count for count in digits.class_counts if count < 10)
+
+
+def test_a_sampler_of_unknown_prior_is_refused_in_python_too(tmp_path: Path) -> None:
+    data = digits_lt(batch_size=64)
+    data.train_sampler = torch.utils.data.WeightedRandomSampler([1.0] * len(data.train_targets), 64)
+    with pytest.raises(ValueError, match="class_probabilities"):
+        fit(recipe(LogitAdjustedLoss(data.class_counts)), data, folder=tmp_path, max_epochs=1, **QUIET)
+
+
+def test_a_new_run_never_uses_the_checkpoints_of_an_old_one(digits: LabelledData, tmp_path: Path) -> None:
+    fit(recipe(CrossEntropyLoss()), digits, folder=tmp_path, max_epochs=1, **QUIET)
+    fresh = recipe(CrossEntropyLoss())
+    fit(fresh, digits, folder=tmp_path, max_epochs=1, limit_val_batches=0, limit_train_batches=1, **QUIET)
+    assert not (tmp_path / "checkpoints" / "best.ckpt").exists()
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(x, last[name]) for name, x in fresh.state_dict().items())
+
+
+def test_more_epochs_go_on_where_a_finished_run_ended(tmp_path: Path) -> None:
+    weights = []
+    for name, plan in (("at once", [3]), ("in two", [1, 3])):
+        for epochs in plan:
+            made = recipe(CrossEntropyLoss())
+            fit(made, digits_lt(batch_size=64), folder=tmp_path / name, max_epochs=epochs, resume=True, **QUIET)
+        last = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert last["global_step"] == 3 * 6
+        weights.append(torch.cat([x.flatten().double() for x in last["state_dict"].values()]))
+    assert torch.equal(*weights)
+
+
+def test_a_run_that_stopped_early_stays_stopped(digits: LabelledData, tmp_path: Path) -> None:
+    epochs = []
+    for _ in range(2):
+        stop = pl.callbacks.EarlyStopping("val/balanced_accuracy", patience=1, min_delta=1.0, mode="max")
+        made = recipe(CrossEntropyLoss())
+        result = fit(made, digits, folder=tmp_path, max_epochs=9, resume=True, callbacks=[stop], **QUIET)
+        epochs.append(result.metrics["cost"]["epochs"])
+    assert epochs == [2, 2]
+
+
+def test_deferred_reweighting_and_a_reweighter_by_class_are_refused(digits: LabelledData, tmp_path: Path) -> None:
+    drw, dro = DeferredReweighting(digits.class_counts), GroupDRO(digits.class_counts, by="target")
+    made = recipe(CrossEntropyLoss(), reweighter=dro)
+    with pytest.raises(ValueError, match="class weights in both"):
+        fit(made, digits, folder=tmp_path, max_epochs=1, callbacks=[drw], **QUIET)
