@@ -45,7 +45,8 @@ def barlow_twins_loss(
         0-d, at least float32: one value a batch. Without any counted example, a zero connected to the graph.
 
     Raises:
-        ValueError, TypeError: shapes or settings that do not fit, or a single example.
+        ValueError, TypeError: shapes or settings that do not fit, or a batch of one example (what a mask
+            leaves is not counted: that would stall a device).
     """
     check_number("off_diagonal_weight", off_diagonal_weight, 0)
     check_number("eps", eps, 0, open_low=True)

@@ -57,7 +57,7 @@ class DeferredReweighting(pl.Callback):
         if "class_weight" not in getattr(loss, "_buffers", {}):
             raise ValueError(f"deferred re-weighting got {name}, expected a loss with class_weight")
         weighs = loss.class_weight is not None and not getattr(loss, "deferred", False)
-        if weighs or (hasattr(loss, "class_weight") and getattr(loss, "alpha", None) is not None):
+        if weighs or getattr(loss, "alpha", None) is not None:
             raise ValueError(f"{name} has class_weight or alpha already, and deferred re-weighting sets it: drop one")
         if getattr(getattr(pl_module, "reweighter", None), "by", None) == "target":
             raise ValueError("class weights in both deferred re-weighting and a reweighter by target: drop one")
