@@ -24,6 +24,7 @@ FACTS: dict[str, Any] = {
     "group_counts": [40, 20, 5],
     "targets": torch.tensor([0] * 20 + [1] * 10 + [2] * 4 + [3]),
     "num_epochs": 5,
+    "num_examples": 38,
 }
 
 
@@ -103,7 +104,8 @@ def batch_of(task: str, n: int = 6, dtype: torch.dtype = torch.float64, seed: in
         return Batch([normal(n, DIM), normal(n, DIM)], 2).fresh()
     if task == "reweighter":
         losses = torch.rand(n, generator=g, dtype=torch.float64).to(dtype)
-        return Batch([losses], 1, {"group": torch.arange(n) % 3, "target": torch.arange(n) % CLASSES})
+        options = {"group": torch.arange(n) % 3, "target": torch.arange(n) % CLASSES, "index": torch.arange(n) + 2}
+        return Batch([losses], 1, options)
     raise KeyError(f"no input generator for task {task!r}: add one")
 
 

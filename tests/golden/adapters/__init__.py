@@ -1,0 +1,24 @@
+"""One adapter a vector file: translates its spelling into ours and returns what is compared.
+
+An adapter reads every parameter and input of its file's schema; an unread one fails the case. What is left out by
+choice raises NotMapped with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.golden.adapters import asymmetric, contrastive, coresets, dro, fairness, losses, multi_task, samplers
+from tests.golden.runner import Case
+
+ADAPTERS: dict[str, Callable[[Case], dict[str, Any]]] = {
+    **asymmetric.ADAPTERS,
+    **contrastive.ADAPTERS,
+    **coresets.ADAPTERS,
+    **dro.ADAPTERS,
+    **fairness.ADAPTERS,
+    **losses.ADAPTERS,
+    **multi_task.ADAPTERS,
+    **samplers.ADAPTERS,
+}
