@@ -23,7 +23,15 @@ from counterpoise.recipes.run_folder import config_hash
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "outputs" / "results" / "long_tailed"
 PAGE = ROOT / "docs" / "results" / "long_tailed.md"
-LOSSES = {"cross_entropy": "cross-entropy", "logit_adjusted": "logit adjustment (tau = 1)"}
+METHODS = {  # name in the run folder: what the table says, what is overridden
+    "cross_entropy": ("cross-entropy", ["loss=cross_entropy"]),
+    "softmax_focal": ("focal (gamma = 2)", ["loss=softmax_focal"]),
+    "class_balanced": ("class-balanced (beta = 0.9999)", ["loss=class_balanced"]),
+    "ldam_drw": ("LDAM-DRW", ["experiment=ldam_drw"]),
+    "balanced_softmax": ("balanced softmax", ["loss=balanced_softmax"]),
+    "logit_adjusted": ("logit adjustment (tau = 1)", ["loss=logit_adjusted"]),
+}
+BASELINE = "cross_entropy"
 ORDERS = (0, 1)
 STATES = (0, 1, 2)
 COLUMNS = {
@@ -35,11 +43,11 @@ COLUMNS = {
 }
 
 
-def cell(loss: str, order: int, state: int) -> dict[str, float]:
+def cell(method: str, order: int, state: int) -> dict[str, float]:
     """Test metrics of one run, from its folder or by running it."""
-    overrides = ["data=fashion_mnist_lt", f"loss={loss}", f"data.class_order={order}", f"seed={state}"]
+    overrides = ["data=fashion_mnist_lt", *METHODS[method][1], f"data.class_order={order}", f"seed={state}"]
     overrides += [f"data.seed={state}", "trainer.enable_progress_bar=false"]
-    folder = RUNS / f"{loss}-order{order}-state{state}"
+    folder = RUNS / f"{method}-order{order}-state{state}"
     with initialize_config_module("counterpoise.recipes.conf", version_base="1.3"):
         config = resolved(compose("train", overrides=overrides), folder)
     done = load_result(folder)

@@ -16,9 +16,15 @@ from hydra.utils import instantiate
 
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.errors import ConfigError, one_sentence
-from counterpoise.recipes.long_tailed import check_sampler
-from counterpoise.recipes.validation import locate
+from counterpoise.recipes.module import check_sampler
+from counterpoise.recipes.validation import OF_THE_RUN, locate
 
+KINDS = {
+    "classes": "one class an example",
+    "labels": "a set of labels an example",
+    "tasks": "several targets an example",
+    "pixels": "a class for each pixel",
+}
 REFUSALS = (ValueError, TypeError, OSError, ImportError)  # how parts refuse their settings
 
 
@@ -50,6 +56,7 @@ def build(config: Mapping[str, Any], folder: Path) -> Parts:
             f"data gave a {type(data).__name__}, expected LabelledData: wrap your data sets with "
             "counterpoise.recipes.data.from_datasets"
         )
+    _check_kind(config["recipe"], data)
     facts = facts_of(data, config)
     facts["head"] = "cosine" if "cosine_logits" in _needs(config["loss"]) else "linear"
     loss = make("loss", config["loss"], facts)
@@ -59,12 +66,12 @@ def build(config: Mapping[str, Any], folder: Path) -> Parts:
         del model_node["head"]
     elif facts["head"] == "cosine" and model_node.get("head") == "linear":
         raise ConfigError("model.head is 'linear', and the loss needs cosines: use model.head=cosine or auto")
-    if (config.get("reweighter") or {}).get("by") == "target":
-        facts["group_counts"] = facts["class_counts"]
+    by_target = (config.get("reweighter") or {}).get("by") == "target"
+    of_reweighter = {**facts, "group_counts": facts["class_counts"]} if by_target else facts
     parts = {
         "model": make("model", model_node, facts),
         "loss": loss,
-        "reweighter": make("reweighter", config.get("reweighter"), facts),
+        "reweighter": make("reweighter", config.get("reweighter"), of_reweighter),
         "optimizer": make("optimizer", config.get("optimizer"), {}, call=False),
         "scheduler": make("scheduler", config.get("scheduler"), {}, call=False),
     }
@@ -75,7 +82,7 @@ def build(config: Mapping[str, Any], folder: Path) -> Parts:
         note = check_sampler(loss, data.train_sampler)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    recipe_node = {key: value for key, value in config["recipe"].items() if key != "name"}
+    recipe_node = {key: value for key, value in config["recipe"].items() if key not in OF_THE_RUN}
     recipe = make("recipe", recipe_node, {**facts, **parts})
     _try_out(parts["optimizer"], parts["scheduler"], recipe)
     callbacks = [
@@ -97,7 +104,7 @@ def facts_of(data: LabelledData, config: Mapping[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "num_classes": data.num_classes,
         "class_counts": data.class_counts,
-        "targets": data.train_targets,
+        "targets": data.train_targets if data.splits.kind == "classes" else len(data.splits.train),
         "num_examples": len(data.splits.train),
         "num_epochs": (config.get("trainer") or {}).get("max_epochs") or 1,
         "in_channels": shape[0],
@@ -106,7 +113,17 @@ def facts_of(data: LabelledData, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if data.splits.group_counts is not None:
         facts["group_counts"] = data.splits.group_counts
-    return facts
+    return {**facts, **data.splits.facts}
+
+
+def _check_kind(node: Mapping[str, Any], data: LabelledData) -> None:
+    """ConfigError unless the data are of the kind that the recipe trains on."""
+    wanted = getattr(locate("recipe._target_", node["_target_"]), "targets", data.splits.kind)
+    if data.splits.kind != wanted:
+        raise ConfigError(
+            f"recipe {node.get('name')} trains on {KINDS[wanted]}, and the data have {KINDS[data.splits.kind]}: choose "
+            "data that fit, with data=..."
+        )
 
 
 def make(path: str, node: Mapping[str, Any] | None, facts: Mapping[str, Any], *, call: bool = True) -> Any:

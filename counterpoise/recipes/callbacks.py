@@ -139,6 +139,10 @@ class Checkpoints(Checkpoint):
             self.best_score, self.best_epoch = score, trainer.current_epoch
             self._save(trainer, "best.ckpt", weights_only=True)
 
+    def forget_best(self) -> None:
+        """The next validation is the best so far: what was trained until now does not count."""
+        self.best_score = self.best_epoch = None
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Saves ``last.ckpt``."""
         self._stopped = trainer.should_stop

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -46,9 +46,29 @@ class Evaluation:
     class_names: list[str]
     notes: list[str]
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """What metrics.json holds beside the scalars."""
+        return {"bands": self.bands, "per_class": self.per_class, "confusion": self.confusion}
+
     def as_dict(self) -> dict[str, Any]:
         """The same as nested dictionaries and lists, ready for ``json.dump(..., allow_nan=False)``."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a recipe's ``evaluate`` returns where it is no plain classification; plain JSON types, never NaN.
+
+    Attributes:
+        scalars: by name; None where undefined.
+        details: further entries of metrics.json, which the sections of the recipe's report read.
+        notes: what a reader of the numbers must know.
+    """
+
+    scalars: dict[str, float | None]
+    details: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def classification_metrics(
@@ -240,4 +260,4 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-__all__ = ["BANDS", "Evaluation", "assign_bands", "classification_metrics", "reliability"]
+__all__ = ["BANDS", "Evaluation", "Scores", "assign_bands", "classification_metrics", "reliability"]

@@ -19,7 +19,16 @@ from rich.text import Text as RichText
 from counterpoise.recipes.report_data import RunFolder, as_mapping, read_run
 from counterpoise.recipes.report_sections import METRICS, SECTIONS, Section, format_metric, render_section, result_rows
 
-TILES = ("balanced_accuracy", "accuracy", "tail_accuracy", "expected_calibration_error")
+TILES = (
+    "worst_group_accuracy",
+    "robust_accuracy",
+    "mean_average_precision",
+    "mean_iou",
+    "balanced_accuracy",
+    "accuracy",
+    "tail_accuracy",
+    "expected_calibration_error",
+)
 FACTS = ("loss", "model", "reweighter", "sampler", "optimizer", "scheduler", "seed")
 
 
@@ -75,10 +84,16 @@ def headline(run: RunFolder) -> dict[str, Any]:
         "error": metrics.get("error"),
         "folder": run.path.resolve().name,
         "version": as_mapping(metrics.get("environment")).get("counterpoise"),
-        "tiles": [(METRICS[key], format_metric(key, test.get(key))) for key in TILES if key in test],
+        "tiles": _tiles(test),
         "facts": facts + _cost_facts(as_mapping(metrics.get("cost"))),
         "hash": str(metrics.get("config_hash") or "")[:12],
     }
+
+
+def _tiles(test: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and value of up to four scalars of the test split: the known ones, or else the first ones."""
+    keys = [key for key in TILES if key in test] or list(test)
+    return [(METRICS.get(key, key.replace("_", " ").capitalize()), format_metric(key, test[key])) for key in keys[:4]]
 
 
 def _write_atomically(path: Path, text: str) -> Path:

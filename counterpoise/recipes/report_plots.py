@@ -102,6 +102,21 @@ def _recall_panel(axes: Axes, rate: np.ndarray, colors: list[str], mean: float) 
     _percent(axes, f"Recall (dashed: mean {100 * mean:.1f}%)")
 
 
+def bar_plot(names: Sequence[str], values: np.ndarray, *, title: str, marked: int | None = None) -> str:
+    """Bars in [0, 1], one a name, NaN left out; ``marked`` is drawn in another colour."""
+    colors = [COLORS["warn"] if i == marked else COLORS["accent"] for i in range(len(values))]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        bars = axes.bar(np.arange(len(values)), np.nan_to_num(values), color=colors, width=0.7)
+        if len(values) <= _ANNOTATED_CLASSES:
+            shown = ["n/a" if math.isnan(v) else f"{100 * v:.1f}%" for v in values]
+            axes.bar_label(bars, shown, fontsize=8, padding=1.5)
+        _percent(axes, title)
+        _class_ticks(axes, names)
+        return to_svg(figure, title.split()[0].lower() + "-bars")
+
+
 def confusion_plot(matrix: np.ndarray, names: Sequence[str]) -> str:
     """Row-normalised (C, C) confusion matrix, in the order given; annotated up to twelve classes."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -232,4 +247,4 @@ def _short(name: str, longest: int = 14) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-__all__ = ["class_plot", "confusion_plot", "learning_plot", "reliability_plot", "to_svg"]
+__all__ = ["bar_plot", "class_plot", "confusion_plot", "learning_plot", "reliability_plot", "to_svg"]

@@ -16,6 +16,11 @@ from counterpoise.recipes.report_data import NotAvailable, RunFolder, as_mapping
 from counterpoise.recipes.report_plots import class_plot, confusion_plot, learning_plot, reliability_plot
 
 METRICS = {
+    "worst_group_accuracy": "Worst group's accuracy",
+    "mean_average_precision": "Mean average precision",
+    "robust_accuracy": "Robust accuracy",
+    "worst_class_robust_accuracy": "Worst class's robust accuracy",
+    "mean_iou": "Mean IoU",
     "balanced_accuracy": "Balanced accuracy",
     "accuracy": "Accuracy",
     "head_accuracy": "Head accuracy",
@@ -25,7 +30,16 @@ METRICS = {
     "expected_calibration_error": "Calibration error (ECE) ↓",
     "nll": "Negative log-likelihood ↓",
 }
-PERCENT = ("accuracy", "f1", "recall", "precision", "calibration_error")  # how names end that are shown in percent
+PERCENT = (
+    "accuracy",
+    "f1",
+    "recall",
+    "precision",
+    "calibration_error",
+    "iou",
+    "dice",
+)  # how names end that are shown in percent
+SCORES = ("val/balanced_accuracy", "val/accuracy")
 PER_CLASS = {
     "band": "Band",
     "train_count": "Training",
@@ -212,7 +226,8 @@ def _learning_figure(run: RunFolder) -> Figure:
         return {name.replace("_", " "): values for name, values in present.items() if np.isfinite(values).any()}
 
     losses = curves("train/loss", "val/loss")
-    scores = curves("val/balanced_accuracy", "val/accuracy")
+    others = [name for name in run.history if name.startswith("val/") and name not in (*SCORES, "val/loss")]
+    scores = curves(*SCORES, *others[:3])
     if not losses and not scores:
         raise NotAvailable("history.csv has neither losses nor validation scores")
     curve, other = scores.get("val/balanced accuracy"), scores.get("val/accuracy")
@@ -273,26 +288,29 @@ def _class_names(run: RunFolder, length: int) -> list[str]:
     return names
 
 
-SECTIONS = (
-    Section("Results", {"Table of results": _results}),
-    Section(
-        "Plots",
-        {
-            "Class counts and recall": _class_figure,
-            "Confusion matrix": _confusion_figure,
-            "Reliability diagram": _reliability_figure,
-            "Learning curves": _learning_figure,
-        },
-    ),
-    Section("Classes", {"Table of classes": _class_table}),
+RESULTS = Section("Results", {"Table of results": _results})
+LEARNING: dict[str, Callable[[RunFolder], Block]] = {"Learning curves": _learning_figure}
+CLASS_PLOTS: dict[str, Callable[[RunFolder], Block]] = {
+    "Class counts and recall": _class_figure,
+    "Confusion matrix": _confusion_figure,
+    "Reliability diagram": _reliability_figure,
+}
+CLASSES = Section("Classes", {"Table of classes": _class_table})
+CLOSING = (
     Section("Notes", {"Notes": _notes}),
     Section("Reproduce", {"Command": _command}),
     Section("Configuration", {"Configuration": _configuration}),
     Section("Environment", {"Environment": _environment}),
 )
+SECTIONS = (RESULTS, Section("Plots", {**CLASS_PLOTS, **LEARNING}), CLASSES, *CLOSING)
 
 __all__ = [
+    "CLASSES",
+    "CLASS_PLOTS",
+    "CLOSING",
+    "LEARNING",
     "METRICS",
+    "RESULTS",
     "SECTIONS",
     "Cell",
     "Code",

@@ -122,7 +122,7 @@ def fit(
             metrics |= {"status": "interrupted" if stopped else "failed", "error": one_sentence(error)}
             raise
         finally:
-            report = _write(folder, metrics) if keeps else None
+            report = _write(folder, metrics, getattr(recipe, "sections", None)) if keeps else None
     return Result(folder, metrics, report)
 
 
@@ -153,9 +153,9 @@ def _trainer(
         raise ConfigError(f"trainer: {one_sentence(error)}") from error
 
 
-def _write(folder: Path, metrics: dict[str, Any]) -> Path:
+def _write(folder: Path, metrics: dict[str, Any], sections: Any) -> Path:
     write_metrics(folder, metrics)
-    return write_report(folder)
+    return write_report(folder, sections)
 
 
 def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledData, folder: Path) -> dict[str, Any]:
@@ -171,13 +171,10 @@ def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledDat
         notes += found[split].notes
     if trainer.is_global_zero:
         write_predictions(folder, predictions)
-    test = found["test"]
     return {
         "splits": {name: evaluation.scalars for name, evaluation in found.items()},
         "notes": notes,
-        "bands": test.bands,
-        "per_class": test.per_class,
-        "confusion": test.confusion,
+        **found["test"].details,
     }
 
 

@@ -39,6 +39,7 @@ SET_BY_THE_RUN = (
     "use_distributed_sampler",
 )
 TOP_LEVEL = (*GROUPS, "seed", "output_dir", "resume", "vars")
+OF_THE_RUN = ("name", "monitor")  # keys of the recipe node that its class is not given
 HYDRA_WORDS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
 
 
@@ -65,7 +66,7 @@ def _walk(path: str, node: Any) -> None:
     if isinstance(node, Mapping):
         if "_target_" in node:
             target = locate(f"{path}._target_", node["_target_"])
-            ours = ("name",) if path == "recipe" else ()
+            ours = OF_THE_RUN if path == "recipe" else ()
             settings = {key: value for key, value in node.items() if key not in (*HYDRA_WORDS, *ours)}
             check_call(path, target, settings, partial=bool(node.get("_partial_")) or "_args_" in node)
         for key, value in node.items():

@@ -32,7 +32,8 @@ NEEDS_OTHERS = {
 }
 NOT_BUILT = {
     **dict.fromkeys(
-        ["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt"], "needs files that are downloaded"
+        ["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt", "data/coloured_fashion_mnist"],
+        "needs files that are downloaded",
     ),
     **dict.fromkeys(["logger/mlflow", "logger/wandb"], "needs an extra of its own"),
 }
@@ -42,11 +43,14 @@ WORKERS = "images are decoded or augmented beside the training"
 SMALL = "a small set: more steps an epoch"
 IN_RUN_FOLDER = "inside the run folder"
 FROM_LOSS = "auto is read by build: cosine where the loss needs it"
+OF_RECIPE = "the recipe's own, where it names one"
 DIFFERENT = {
+    ("callbacks/default", "monitor"): OF_RECIPE,
     ("callbacks/early_stopping", "mode"): "the monitored value is an accuracy",
     ("callbacks/early_stopping", "patience"): "balanced accuracy on few examples a class is noisy",
     ("data/cifar100_lt", "num_workers"): WORKERS,
     ("data/cifar10_lt", "num_workers"): WORKERS,
+    ("data/coloured_digits", "batch_size"): SMALL,
     ("data/csv", "batch_size"): SMALL,
     ("data/digits_lt", "batch_size"): SMALL,
     ("data/image_folder", "batch_size"): SMALL,

@@ -22,7 +22,7 @@ from counterpoise.losses import (
 )
 from counterpoise.recipes import MLP, BatchAugment, Checkpoints, ConfigError, DeferredReweighting, LongTailed, fit
 from counterpoise.recipes.data import LabelledData, digits_lt
-from counterpoise.recipes.long_tailed import check_sampler
+from counterpoise.recipes.module import check_sampler
 from counterpoise.recipes.run_folder import in_use, locked
 from counterpoise.recipes.schedules import constant, cosine, multistep
 from counterpoise.samplers import ClassBalancedSampler, GroupDRO, ProgressivelyBalancedSampler, ShuffleSampler

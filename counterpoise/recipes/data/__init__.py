@@ -1,16 +1,17 @@
 """The data of the recipes: every factory gives a :class:`LabelledData`, whose ``splits`` are dict data sets.
 
-Built-in sets (``digits_lt``, ``fashion_mnist_lt``, ``cifar10_lt``, ``cifar100_lt``) and a user's own (``image_folder``,
+Built-in sets (``digits_lt``, ``fashion_mnist_lt``, ``coloured_digits``, ...) and a user's own (``image_folder``,
 ``csv_table``, ``from_datasets``) go one way: test and validation are cut first, and only what is left to train on
 becomes long-tailed. ``LongTailedSubset`` does the last step for any labelled data set.
 """
 
 from counterpoise.recipes.data.cifar import cifar10_lt, cifar100_lt
+from counterpoise.recipes.data.coloured import coloured_digits, coloured_fashion_mnist
 from counterpoise.recipes.data.csv import csv_table
 from counterpoise.recipes.data.cuts import balanced_split, stratified_split, validation_split
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.data.digits import digits_lt
-from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt
+from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt, load_fashion_mnist
 from counterpoise.recipes.data.image_folders import image_folder
 from counterpoise.recipes.data.long_tail import (
     LongTail,
@@ -34,12 +35,15 @@ __all__ = [
     "cifar10_lt",
     "cifar100_lt",
     "class_order",
+    "coloured_digits",
+    "coloured_fashion_mnist",
     "csv_table",
     "digits_lt",
     "fashion_mnist_lt",
     "from_datasets",
     "groups_of",
     "image_folder",
+    "load_fashion_mnist",
     "long_tail_counts",
     "long_tail_indices",
     "stratified_split",

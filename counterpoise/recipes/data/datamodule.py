@@ -135,6 +135,10 @@ class LabelledData(pl.LightningDataModule):
         """The test set in order; every rank reads all of it."""
         return self._loader(self.splits.test)
 
+    def in_order(self, dataset: Any) -> DataLoader[dict[str, Any]]:
+        """Batches of any of the splits, each example once: for passes over the training set beside training."""
+        return self._loader(dataset)
+
     def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             dataset,

@@ -56,16 +56,22 @@ def fashion_mnist_lt(
     Source: Xiao et al., Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
     """
     check_number("val_per_class", val_per_class, LEAST_PER_CLASS)
-    folder = _folder(root, download)
+    train, test = load_fashion_mnist(root, download)
     splits = build_splits(
-        _part(folder, "train"),
+        train,
         val=partial(balanced_split, per_class=val_per_class),
-        test=AsDict(_part(folder, "t10k")),
+        test=AsDict(test),
         class_names=CLASS_NAMES,
         tail=LongTail(imbalance_factor, profile, class_order, n_max),
         seed=seed,
     )
     return data_module(splits, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+
+def load_fashion_mnist(root: str | None = None, download: bool = False) -> tuple[InMemory, InMemory]:
+    """The 60,000 training and the 10,000 test images, uint8 (N, 1, 28, 28) in memory, see :func:`fashion_mnist_lt`."""
+    folder = _folder(root, download)
+    return _part(folder, "train"), _part(folder, "t10k")
 
 
 def read_idx(path: Path) -> Tensor:

@@ -22,12 +22,12 @@ class Examples(Dataset[dict[str, Any]], ABC):
     """Map-style data set of dicts that knows its labels without reading an input.
 
     Attributes:
-        targets: (N,) int64 class indices.
+        targets: (N,) int64 class indices; (N, ...) of another kind, or a dict of such, where a recipe trains on that.
         groups: (N,) int64 group ids, or None.
         draws_nothing: True if an item is the same whenever it is read: nothing in it is random.
     """
 
-    targets: Tensor
+    targets: Any
     groups: Tensor | None
     draws_nothing: bool
 
@@ -50,12 +50,21 @@ class Examples(Dataset[dict[str, Any]], ABC):
         """The items at ``indices``, read together (a DataLoader prefers this form)."""
 
     def describe(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """``dict(target, index[, group])`` of each of ``indices``, as integers, without reading an input."""
+        """``dict(target, index[, group])`` of each of ``indices`` without reading an input; classes as integers."""
         rows = torch.as_tensor(indices)
-        columns = {"target": self.targets[rows].tolist(), "index": rows.tolist()}
+        columns = {"target": rows_of(self.targets, rows), "index": rows.tolist()}
         if self.groups is not None:
             columns["group"] = self.groups[rows].tolist()
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def rows_of(targets: Any, rows: Tensor) -> list[Any]:
+    """The targets at ``rows``, one a row: integers of class indices, tensors, or dicts of tensors."""
+    if isinstance(targets, Mapping):
+        columns = {name: rows_of(values, rows) for name, values in targets.items()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    chosen = targets[rows]
+    return chosen.tolist() if chosen.ndim == 1 and chosen.dtype == torch.int64 else list(chosen)
 
 
 class InMemory(Examples):
@@ -63,7 +72,7 @@ class InMemory(Examples):
 
     Args:
         inputs: (N, ...). uint8 images stay uint8 in memory and are read as float32 in [0, 1].
-        targets: (N,) class indices.
+        targets: (N,) class indices; (N, ...) label sets or pixel classes; or a dict of targets by task.
         groups: (N,) group ids, or None.
         mean, std: a number, or one a channel (dimension 1 of ``inputs``), subtracted and divided by when an item is
             read; in [0, 1] units for uint8 images. None = left alone.
@@ -76,7 +85,7 @@ class InMemory(Examples):
     def __init__(
         self,
         inputs: Tensor,
-        targets: Tensor,
+        targets: Tensor | Mapping[str, Tensor],
         groups: Tensor | None = None,
         *,
         mean: float | Sequence[float] | Tensor = 0.0,
@@ -84,11 +93,23 @@ class InMemory(Examples):
         transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.inputs = inputs
-        self.targets = as_labels("targets", targets, len(inputs))
+        self.targets = self._checked(targets)
         self.groups = None if groups is None else as_labels("groups", groups, len(inputs))
         self.mean, self.std = self._per_channel(mean), self._per_channel(std)
         self.transform = transform
         self.draws_nothing = transform is None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def _checked(self, targets: Tensor | Mapping[str, Tensor]) -> Any:
+        if not isinstance(targets, Mapping) and not (isinstance(targets, Tensor) and targets.ndim > 1):
+            return as_labels("targets", targets, len(self.inputs))
+        named = targets if isinstance(targets, Mapping) else {"targets": targets}
+        for name, values in named.items():
+            if len(values) != len(self.inputs):
+                raise ValueError(f"{name} has {len(values)} rows, expected {len(self.inputs)}, one for each input")
+        return targets
 
     def standardize(self, rows: Tensor) -> None:
         """Sets ``mean`` and ``std`` to those of ``rows`` (M,), a column; a constant column is only centred."""
@@ -234,6 +255,8 @@ class Splits:
         input_shape: shape of one input (of one view, where there are several).
         group_counts: training examples of each group, or None.
         notes: sentences a report should show, for instance that validation holds few examples of a class.
+        kind: what a target is: "classes" (an index), "labels" ((C,) of 0 and 1), "tasks" (a dict of them) or "pixels".
+        facts: further run-time facts by the names that parts use.
     """
 
     train: Examples
@@ -244,6 +267,8 @@ class Splits:
     input_shape: tuple[int, ...]
     group_counts: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    kind: str = "classes"
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
