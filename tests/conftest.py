@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.pool import Pool
 GOLDEN = Path(__file__).parent / "golden"
 NOT_COVERED, NOT_MAPPED = "not covered", "not mapped by choice"
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 _golden: Counter[str] = Counter()
 
 
