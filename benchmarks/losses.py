@@ -12,6 +12,7 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
 from counterpoise.contrastive import NTXentLoss
 from counterpoise.losses import (
+    AsymmetricLoss,
     BalancedSoftmaxLoss,
     ClassBalancedLoss,
     CrossEntropyLoss,
@@ -49,6 +50,14 @@ def plain_ntxent(z: Tensor, other: Tensor, temperature: float = 0.5) -> Tensor:
     return cross_entropy(similarity, torch.arange(2 * n).roll(n))
 
 
+def plain_asymmetric(z: Tensor, t: Tensor, gamma_neg: float = 4.0, margin: float = 0.05, eps: float = 1e-8) -> Tensor:
+    """The asymmetric loss as it is printed, clamped: probabilities, their logarithms, a power."""
+    p = torch.sigmoid(z)
+    not_p = (1 - p + margin).clamp(max=1)
+    base = t * torch.log(p.clamp(min=eps)) + (1 - t) * torch.log(not_p.clamp(min=eps))
+    return -(base * (1 - p * t - not_p * (1 - t)) ** (gamma_neg * (1 - t))).mean()
+
+
 def pairs() -> Iterator[Pair]:
     """Every pair, at a small and a large size."""
     for n, c in ((128, 10), (512, 1000)):
@@ -70,6 +79,8 @@ def pairs() -> Iterator[Pair]:
         ours = step(SigmoidFocalLoss(alpha=0.25), logits, labels)
         theirs = step(lambda z, t: torchvision_focal(z, t, reduction="mean"), logits, labels)
         yield Pair("SigmoidFocalLoss", "torchvision sigmoid_focal_loss", f"{n} x {c}", ours, theirs)
+        ours, theirs = step(AsymmetricLoss(), logits, labels), step(plain_asymmetric, logits, labels)
+        yield Pair("AsymmetricLoss", "the printed form", f"{n} x {c}", ours, theirs)
 
     for n, d in ((64, 128), (512, 128)):
         z, other = torch.randn(n, d, requires_grad=True), torch.randn(n, d, requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from counterpoise._core import at_least_float32, check_per_row, check_within, readable
 
@@ -104,3 +105,17 @@ def class_vector(name: str, x: Tensor, logits: Tensor) -> Tensor:
 def along_classes(x: Tensor, logits: Tensor) -> Tensor:
     """(C,) as (C, 1, ...), to broadcast over the logits (N, C, d1, ...)."""
     return x.reshape(-1, *[1] * (logits.ndim - 2))
+
+
+def as_distribution(target: Tensor, z: Tensor) -> Tensor:
+    """Class indices or probabilities as a distribution of the logits' shape and type."""
+    t = target if target.is_floating_point() else one_hot(target, z.shape[1]).movedim(-1, 1)
+    return t.to(z.dtype)
+
+
+def smooth(t: Tensor, z: Tensor, label_smoothing: float) -> Tensor:
+    """A target distribution with ``label_smoothing`` of its mass spread evenly over the classes that are not masked."""
+    if label_smoothing == 0:
+        return t
+    live = (z > -torch.inf).to(z.dtype)
+    return t * (1 - label_smoothing) + label_smoothing * live / live.sum(1, keepdim=True)

@@ -9,6 +9,7 @@ with the target distribution t (one-hot for class indices), an additive vector i
 cross-entropy             all off
 logit adjustment          iota_c = tau * log(prior_c)
 balanced softmax          iota_c = log(n_c)
+vector scaling            d_c = (n_c / n_max)^gamma, iota_c = tau * log(prior_c)
 LDAM                      m_c = max_margin * (n_c / n_min)^(-1/4), s = 30
 class-balanced            w_c by effective number
 ========================  =====================================================
@@ -21,10 +22,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax
 
 from counterpoise._core import at_least_float32, check_number, check_within, combine_inner, reduce_losses
-from counterpoise.losses._inputs import along_classes, check_multiclass, class_indices, class_vector, expand_mask
+from counterpoise.losses._inputs import (
+    along_classes,
+    as_distribution,
+    check_multiclass,
+    class_indices,
+    class_vector,
+    expand_mask,
+    smooth,
+)
 
 
 def adjusted_cross_entropy(
@@ -134,10 +143,9 @@ def _soft_cross_entropy(
     z: Tensor, target: Tensor, w: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor | None]:
     """-sum_c w_c t_c log p_c with smoothed t, and the weight that each entry carries."""
-    t = target.to(z.dtype) if target.is_floating_point() else one_hot(target, z.shape[1]).movedim(-1, 1).to(z.dtype)
+    t = as_distribution(target, z)
     carried = None if w is None else (t * along_classes(w, z)).sum(1)
-    live = z > -torch.inf
-    t = t * (1 - label_smoothing) + torch.where(live, label_smoothing, 0) / live.sum(1, keepdim=True)
+    t = smooth(t, z, label_smoothing)
     if w is not None:
         t = t * along_classes(w, z)
     log_p = log_softmax(z, dim=1)

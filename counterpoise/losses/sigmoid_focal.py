@@ -91,7 +91,7 @@ def binary_log_probabilities(z: Tensor, t: Tensor, *, soft: bool) -> tuple[Tenso
     s = torch.where(between, t, 0.5)
     of_one, of_zero = logsigmoid(z), logsigmoid(-z)
     bce = s * of_one + (1 - s) * of_zero
-    mixed = torch.logaddexp(of_one + torch.log1p(-s), of_zero + torch.log(s))
+    mixed = torch.log(s * torch.sigmoid(-z) + (1 - s) * torch.sigmoid(z))  # never less than min(s, 1 - s)
     return torch.where(between, bce, log_p), torch.where(between, mixed, log_not_p)
 
 

@@ -113,6 +113,8 @@ def facts_of(data: LabelledData, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if data.splits.group_counts is not None:
         facts["group_counts"] = data.splits.group_counts
+    if data.splits.train.input_range is not None:
+        facts["input_range"] = data.splits.train.input_range
     return {**facts, **data.splits.facts}
 
 

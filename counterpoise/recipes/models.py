@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from counterpoise._core import check_choice, uniform_by_index
 from counterpoise.losses import CosineLinear
+
+if TYPE_CHECKING:
+    from counterpoise.recipes.tasks import Task
 
 
 def classifier_head(in_features: int, num_classes: int, head: str = "linear") -> nn.Module:
@@ -146,6 +150,61 @@ def torchvision_model(
     parent = model.get_submodule(layer.rpartition(".")[0])
     old = model.get_submodule(layer)
     setattr(parent, layer.rpartition(".")[2], classifier_head(old.in_features, num_classes, head))  # type: ignore[arg-type]
+    return model
+
+
+class Heads(nn.Module):
+    """A linear head for each of several tasks, over the same features.
+
+    A regression's output is ``mean + std * linear``: the head starts at the targets' mean and spread, so that it need
+    not grow into their units.
+
+    Args:
+        in_features: d.
+        tasks: K, see :class:`~counterpoise.recipes.tasks.Task`.
+
+    Buffers: mean_<k> and std_<k> (D,) of a regression, persistent.
+    """
+
+    def __init__(self, in_features: int, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.layers = nn.ModuleList(nn.Linear(in_features, task.size) for task in tasks)
+        for k, task in enumerate(tasks):
+            if not task.classifies:
+                self.register_buffer(f"mean_{k}", torch.tensor(task.mean or (0.0,) * task.size))
+                self.register_buffer(f"std_{k}", torch.tensor(task.std or (1.0,) * task.size))
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Features (N, d) to outputs (N, size) by task."""
+        found = {}
+        for k, (task, layer) in enumerate(zip(self.tasks, self.layers, strict=True)):
+            z = layer(features)
+            found[task.name] = z if task.classifies else getattr(self, f"mean_{k}") + getattr(self, f"std_{k}") * z
+        return found
+
+
+def with_heads(model: nn.Module, tasks: Sequence[Task]) -> nn.Module:
+    """The same model, whose last linear layer is replaced by :class:`Heads`; one that has Heads is left alone.
+
+    Raises:
+        ValueError: a model with neither, or whose Heads are of other tasks.
+    """
+    given = next((m for m in model.modules() if isinstance(m, Heads)), None)
+    if given is not None:
+        theirs, ours = ([(t.name, t.kind, t.size) for t in of] for of in (given.tasks, tasks))
+        if sorted(theirs) != sorted(ours):
+            raise ValueError(f"model has Heads of {theirs}, expected {ours}")
+        return model
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, CosineLinear))]
+    if not linear:
+        raise ValueError(f"model is a {type(model).__name__} without a linear layer, expected one to replace by heads")
+    name, last = linear[-1]
+    heads = Heads(last.in_features, tasks)  # type: ignore[arg-type]
+    if not name:
+        return heads
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, heads)
     return model
 
 

@@ -59,9 +59,16 @@ _ANNOTATED_CLASSES = 12
 
 
 def class_plot(
-    names: Sequence[str], counts: Sequence[float], recall: Sequence[float | None], bands: Sequence[str | None]
+    names: Sequence[str],
+    counts: Sequence[float],
+    recall: Sequence[float | None],
+    bands: Sequence[str | None],
+    *,
+    counted: str = "Training examples",
+    score: str = "Recall",
+    key: str = "classes",
 ) -> str:
-    """Training examples a class, largest first (bars), above the recall of the same classes (stems)."""
+    """Training examples a class, largest first (bars), above the recall, or another ``score``, of the same (stems)."""
     order = np.argsort(-np.asarray(counts, dtype=float), kind="stable")
     n = np.asarray(counts, dtype=float)[order]
     rate = _numbers(recall)[order]
@@ -71,21 +78,21 @@ def class_plot(
     with matplotlib.rc_context(_STYLE):
         figure = Figure(_SIZE, layout="constrained")
         panels = figure.subplots(2 if len(known) else 1, 1, sharex=True, squeeze=False)[:, 0]
-        _count_panel(panels[0], n, colors)
+        _count_panel(panels[0], n, colors, counted)
         present = [b for b in BANDS if b in band]
         panels[0].legend(handles=[Patch(color=COLORS[b], label=b) for b in present], ncols=3, loc="upper right")
         if len(known):
-            _recall_panel(panels[1], rate, colors, math.fsum(known) / len(known))
+            _rate_panel(panels[1], rate, colors, f"{score} (dashed: mean {100 * math.fsum(known) / len(known):.1f}%)")
         panels[-1].set_xlim(-0.7, len(n) - 0.3)
         _class_ticks(panels[-1], [names[i] for i in order])
-        return to_svg(figure, "classes")
+        return to_svg(figure, key)
 
 
-def _count_panel(axes: Axes, counts: np.ndarray, colors: list[str]) -> None:
+def _count_panel(axes: Axes, counts: np.ndarray, colors: list[str], title: str) -> None:
     bars = axes.bar(np.arange(len(counts)), counts, color=colors, width=0.78)
-    axes.set_title("Training examples")
+    axes.set_title(title)
     if counts.max() > 20 * max(counts.min(), 1):
-        axes.set_title("Training examples (log scale)")
+        axes.set_title(f"{title} (log scale)")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.minorticks_off()
@@ -94,12 +101,12 @@ def _count_panel(axes: Axes, counts: np.ndarray, colors: list[str]) -> None:
     axes.margins(y=0.14)
 
 
-def _recall_panel(axes: Axes, rate: np.ndarray, colors: list[str], mean: float) -> None:
+def _rate_panel(axes: Axes, rate: np.ndarray, colors: list[str], title: str) -> None:
     x = np.arange(len(rate))
     axes.vlines(x, 0, rate, colors=colors, linewidth=max(1.0, min(3.0, 90 / len(x))))
     axes.scatter(x, rate, c=colors, s=max(6, min(30, 900 / len(x))), zorder=3, clip_on=False)
-    axes.axhline(mean, color=COLORS["muted"], linestyle="--", linewidth=1)
-    _percent(axes, f"Recall (dashed: mean {100 * mean:.1f}%)")
+    axes.axhline(float(np.nanmean(rate)), color=COLORS["muted"], linestyle="--", linewidth=1)
+    _percent(axes, title)
 
 
 def bar_plot(names: Sequence[str], values: np.ndarray, *, title: str, marked: int | None = None) -> str:
@@ -115,6 +122,33 @@ def bar_plot(names: Sequence[str], values: np.ndarray, *, title: str, marked: in
         _percent(axes, title)
         _class_ticks(axes, names)
         return to_svg(figure, title.split()[0].lower() + "-bars")
+
+
+def paired_bar_plot(names: Sequence[str], values: dict[str, np.ndarray], *, title: str, key: str) -> str:
+    """Two bars in [0, 1] a name, side by side; ``values`` by what the legend says, NaN left out."""
+    colors = (COLORS["line"], COLORS["accent"])
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for (label, rates), color, shift in zip(values.items(), colors, (-0.2, 0.2), strict=True):
+            edges = {"edgecolor": COLORS["muted"], "linewidth": 0.5}
+            axes.bar(np.arange(len(rates)) + shift, np.nan_to_num(rates), 0.4, color=color, label=label, **edges)
+        _percent(axes, title)
+        _class_ticks(axes, names)
+        axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08 if len(names) > _NAMED_CLASSES else -0.16))
+        return to_svg(figure, key)
+
+
+def rate_plot(x: np.ndarray, rates: np.ndarray, *, title: str, label: str, key: str) -> str:
+    """Rates in [0, 1] against x, as a line through marked points."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.plot(x, rates, "-o", color=COLORS["accent"], markersize=4, clip_on=False)
+        _percent(axes, title)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(label)
+        return to_svg(figure, key)
 
 
 def confusion_plot(matrix: np.ndarray, names: Sequence[str]) -> str:
@@ -192,6 +226,101 @@ def learning_plot(epoch: np.ndarray, losses: dict[str, np.ndarray], scores: dict
         return to_svg(figure, "learning")
 
 
+def curve_plot(
+    x: np.ndarray, curves: dict[str, np.ndarray], *, title: str, key: str, log: bool = False, percent: bool = False
+) -> str:
+    """Named curves over epochs, each in a colour and style of its own, on a linear or logarithmic scale."""
+    colors = [COLORS[name] for name in ("accent", "warn", "medium", "tail", "head", "muted")]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for i, (label, values) in enumerate(curves.items()):
+            known = np.isfinite(values)
+            style = ("-", "--", ":")[i // len(colors) % 3]
+            marker = "o" if known.sum() <= 15 else None
+            axes.plot(
+                x[known], values[known], style, color=colors[i % len(colors)], label=label, marker=marker, markersize=3
+            )
+        if percent:
+            _percent(axes, title, limits=False)
+        axes.set_title(title)
+        if log:
+            axes.set_yscale("log")
+        axes.legend(loc="best")
+        axes.set_xlabel("Epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return to_svg(figure, key)
+
+
+def scatter_plot(panels: Sequence[tuple[str, np.ndarray, np.ndarray]], *, key: str) -> str:
+    """Predicted (second) against true (first) numbers, a panel a name; a perfect prediction lies on the diagonal."""
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((_SIZE[0] if columns > 1 else 3.6, 2.9 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (title, true, predicted) in zip(grid, panels, strict=False):
+            axes.scatter(true, predicted, s=5, color=COLORS["accent"], alpha=0.45, linewidths=0)
+            ends = [float(np.nanmin(true)), float(np.nanmax(true))]
+            axes.plot(ends, ends, color=COLORS["ink"], linestyle="--", linewidth=0.9)
+            axes.set_title(title)
+            axes.set_xlabel("True")
+            axes.set_ylabel("Predicted")
+        for axes in figure.axes[len(panels) :]:
+            axes.set_axis_off()
+        return to_svg(figure, key)
+
+
+def histogram_plot(values: dict[str, np.ndarray], *, title: str, key: str, bins: int = 30) -> str:
+    """Two histograms over the same bins, stacked; what is not finite is left out."""
+    finite = {name: x[np.isfinite(x)] for name, x in values.items()}
+    colors = [COLORS["accent"], COLORS["line"]][: len(finite)]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        edges: dict[str, Any] = {"edgecolor": COLORS["muted"], "linewidth": 0.4}
+        axes.hist(list(finite.values()), bins=bins, stacked=True, label=list(finite), color=colors, **edges)
+        axes.set_title(title)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+        return to_svg(figure, key)
+
+
+def coverage_plot(curves: dict[str, tuple[Sequence[int], Sequence[float]]], *, title: str, key: str) -> str:
+    """Curves over the number of kept examples (logarithmic); the first in colour, the second dashed."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for (name, (x, y)), style in zip(curves.items(), ("-", "--"), strict=True):
+            axes.plot(x, y, style, color=COLORS["accent" if style == "-" else "muted"], label=name)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        axes.set_xlabel("Kept examples")
+        axes.legend()
+        return to_svg(figure, key)
+
+
+def picture_plot(
+    pictures: Sequence[tuple[str, np.ndarray]], *, columns: int, key: str, legend: dict[str, str] | None = None
+) -> str:
+    """Captioned images (H, W, 3) uint8 in rows of ``columns``, unsmoothed; ``legend``: names of colours."""
+    rows = math.ceil(len(pictures) / columns)
+    lines = 1 + max(caption.count("\n") for caption, _ in pictures)
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure((1.7 * columns, (1.6 + 0.14 * lines) * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (caption, pixels) in zip(panels, pictures, strict=False):
+            axes.imshow(pixels, interpolation="nearest")
+            axes.set_title(caption, fontsize=8)
+        for axes in figure.axes:
+            axes.set_axis_off()
+        if legend:
+            patches = [Patch(color=color, label=_short(name)) for name, color in legend.items()]
+            figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 6))
+        return to_svg(figure, key)
+
+
 def to_svg(figure: Figure, key: str) -> str:
     """The figure as an ``<svg>`` element without header or metadata; ``key`` makes its ids unique on the page."""
     buffer = io.StringIO()
@@ -247,4 +376,18 @@ def _short(name: str, longest: int = 14) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 
-__all__ = ["bar_plot", "class_plot", "confusion_plot", "learning_plot", "reliability_plot", "to_svg"]
+__all__ = [
+    "bar_plot",
+    "class_plot",
+    "confusion_plot",
+    "coverage_plot",
+    "curve_plot",
+    "histogram_plot",
+    "learning_plot",
+    "paired_bar_plot",
+    "picture_plot",
+    "rate_plot",
+    "reliability_plot",
+    "scatter_plot",
+    "to_svg",
+]

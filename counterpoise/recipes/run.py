@@ -112,6 +112,9 @@ def fit(
             write_config(folder, config)
             write_metrics(folder, metrics)
         try:
+            if hasattr(recipe, "prepare") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                options = {"seed": seed, "world_size": trainer.world_size, **trainer_options}
+                recipe.prepare(data, folder, resume=resume, **options)
             trainer.fit(recipe, datamodule=data, ckpt_path=last if going_on else None, weights_only=True)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 found = _evaluate(trainer, recipe, data, folder)

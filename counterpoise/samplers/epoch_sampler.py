@@ -41,9 +41,12 @@ class EpochSampler(Sampler[int]):
         """(num_samples,) order of the present epoch, over all ranks."""
         return self.draw(generator_for(self.seed, self.epoch))
 
+    def share(self, order: Tensor) -> Tensor:
+        """(len(self),) what this rank takes of an order."""
+        return order[torch.arange(rank(), len(self) * world_size(), world_size()) % len(order)]
+
     def __iter__(self) -> Iterator[int]:
-        order = self.order()
-        own = order[torch.arange(rank(), len(self) * world_size(), world_size()) % len(order)].tolist()
+        own = self.share(self.order()).tolist()
         self._position, self._start = self._start, 0
         for index in own[self._position :]:
             self._position += 1

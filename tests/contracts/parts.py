@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -24,7 +25,11 @@ FACTS: dict[str, Any] = {
     "group_counts": [40, 20, 5],
     "targets": torch.tensor([0] * 20 + [1] * 10 + [2] * 4 + [3]),
     "num_epochs": 5,
+    "scores": torch.arange(1.0, 31.0),
+    "indices": torch.arange(3, 90, 3),
     "num_examples": 38,
+    "kinds": ["gaussian", "laplace", "classification", "liebel_korner"],
+    "task_weights": [1.0, 0.5, 2.0, 0.25],
 }
 
 
@@ -52,10 +57,11 @@ def build(part: type, **settings: Any) -> Any:
 
 
 def function_of(part: type) -> Callable[..., Tensor]:
-    """``xxx_loss`` of ``XxxLoss``: the function of the same name in the same file."""
+    """``xxx_loss`` of ``XxxLoss``, ``xxx_weighted_loss`` of ``XxxWeighting``: the function in the same file."""
     module = inspect.getmodule(part)
     assert isinstance(module, ModuleType)
-    names = [n for n in vars(module) if n.replace("_", "") == part.__name__.lower() and n != part.__name__]
+    wanted = re.sub("weighting$", "weightedloss", part.__name__.lower())
+    names = [n for n in vars(module) if n.replace("_", "") == wanted and n != part.__name__]
     assert len(names) == 1, f"{module.__name__} has no function of {part.__name__}"
     return getattr(module, names[0])
 
@@ -100,8 +106,18 @@ def batch_of(task: str, n: int = 6, dtype: torch.dtype = torch.float64, seed: in
         return Batch([normal(n, CLASSES), torch.randint(CLASSES, (n,), generator=g)], 1).fresh()
     if task == "multilabel":
         return Batch([normal(n, CLASSES), torch.randint(2, (n, CLASSES), generator=g)], 1).fresh()
+    if task == "grouped":
+        return Batch([normal(n, CLASSES), torch.randint(CLASSES, (n,), generator=g), torch.arange(n) % 3], 1).fresh()
+    if task == "anchors":
+        labels = torch.randint(-2, CLASSES, (n, CLASSES), generator=g)
+        labels[:, 0] = -1
+        return Batch([normal(n, CLASSES, CLASSES), labels], 1).fresh()
+    if task == "labelled_embeddings":
+        return Batch([normal(n, DIM), torch.arange(n) // 2 % CLASSES], 1).fresh()
     if task == "two_view":
         return Batch([normal(n, DIM), normal(n, DIM)], 2).fresh()
+    if task == "multi_task":
+        return Batch([normal(n, CLASSES)], 1).fresh()
     if task == "reweighter":
         losses = torch.rand(n, generator=g, dtype=torch.float64).to(dtype)
         options = {"group": torch.arange(n) % 3, "target": torch.arange(n) % CLASSES, "index": torch.arange(n) + 2}

@@ -90,5 +90,6 @@ def test_groups_that_do_not_fit(part: type) -> None:
 @pytest.mark.parametrize("part", SAMPLERS, ids=ids(SAMPLERS))
 def test_samplers_refuse_no_samples(part: type) -> None:
     epochs = {"num_epochs": 3} if "num_epochs" in part.spec.needs else {}
-    with pytest.raises(ValueError, match=r"targets|num_samples"):
-        part(targets=torch.tensor([], dtype=torch.int64), **epochs)
+    given = part.spec.needs[0]  # targets, scores or indices
+    with pytest.raises(ValueError, match=rf"{given}|num_samples"):
+        part(**{given: torch.tensor([], dtype=torch.int64)}, **epochs)

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torch.testing import assert_close
 
-from counterpoise.losses import SigmoidFocalLoss, SoftmaxFocalLoss, sigmoid_focal_loss, softmax_focal_loss
+from counterpoise.losses import (
+    SigmoidFocalLoss,
+    SigmoidFocalStarLoss,
+    SoftmaxFocalLoss,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+)
 
 GAMMAS = [0.0, 0.25, 0.5, 1.0, 2.0, 3.7]
 DTYPES = [torch.float32, torch.float64]
@@ -137,10 +144,10 @@ def test_saturated_entries_have_the_closed_form_value_and_gradient(dtype: torch.
 def test_soft_labels_stay_finite_at_any_logit(label: float, gamma: float) -> None:
     logits = torch.tensor([-1e4, -200.0, 0.0, 200.0, 1e4], requires_grad=True)
     losses = elementwise(logits, torch.full((5,), label), gamma=gamma)
-    losses.sum().backward()
-    assert logits.grad is not None
-    assert losses.isfinite().all()
-    assert logits.grad.isfinite().all()
+    (first,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), logits)
+    for x in (losses, first, second):
+        assert x.isfinite().all()
 
 
 # Sigmoid: what the mean divides by
@@ -162,6 +169,37 @@ def test_with_less_than_one_positive_the_sum_is_divided_by_one(label: float) -> 
     labels = torch.full_like(logits, label)
     ours = sigmoid_focal_loss(logits, labels, inner="sum", normalizer="positives")
     assert_close(ours, elementwise(logits, labels).sum())
+
+
+# Focal*
+
+
+def star(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    return sigmoid_focal_star_loss(logits, target, inner="none", reduction="none", **options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_every_entry_of_focal_star_is_the_printed_formula(soft: bool, gamma: float, beta: float) -> None:
+    logits, labels = entries(soft=soft)
+    ours = star(logits, labels, gamma=gamma, beta=beta, alpha=0.25)
+    for z, t, loss in zip(logits.flatten().tolist(), labels.flatten().tolist(), ours.flatten(), strict=True):
+        expected = math.log1p(math.exp(-gamma * (2 * t - 1) * z - beta)) / gamma * (0.25 * t + 0.75 * (1 - t))
+        assert math.isclose(loss.item(), expected, rel_tol=1e-10)
+
+
+def test_focal_star_at_one_is_binary_cross_entropy() -> None:
+    logits, labels = entries()
+    assert_close(sigmoid_focal_star_loss(logits, labels, gamma=1.0), binary_cross_entropy_with_logits(logits, labels))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 4.0])
+def test_an_entry_that_is_all_wrong_is_pulled_by_focal_star_with_force_one(gamma: float) -> None:
+    logits = torch.tensor([-1e4, 1e4], requires_grad=True)
+    losses = star(logits, torch.tensor([1, 0]), gamma=gamma)
+    assert_close(losses.tolist(), [1e4, 1e4])
+    assert torch.autograd.grad(losses.sum(), logits)[0].tolist() == [-1.0, 1.0]
 
 
 # Softmax: values
@@ -197,6 +235,97 @@ def test_two_classes_with_logits_0_and_z_are_the_sigmoid_form(gamma: float) -> N
         softmax_focal_loss(pair, labels.long(), gamma=gamma, reduction="none"),
         elementwise(logits, labels, gamma=gamma),
     )
+
+
+def distributions() -> Tensor:
+    """Target probabilities (6, 4), some of them 0 or 1."""
+    t = torch.rand(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).softmax(1)
+    t[0] = torch.tensor([0.0, 0.3, 0.0, 0.7])
+    t[1] = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    return t
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("alpha", [None, 0.25])
+def test_of_probabilities_every_row_is_the_printed_formula(alpha: float | None, gamma: float) -> None:
+    logits, t = rows()[0], distributions()
+    p = logits.softmax(1)
+    a = 1.0 if alpha is None else t @ torch.tensor([1 - alpha, alpha, alpha, alpha], dtype=torch.float64)
+    expected = a * (1 - (t * p).sum(1)) ** gamma * -(t * p.log()).sum(1)
+    assert_close(softmax_focal_loss(logits, t, gamma=gamma, alpha=alpha, reduction="none"), expected)
+
+
+def test_gamma_zero_of_probabilities_is_their_cross_entropy() -> None:
+    logits, t = rows()[0], distributions()
+    assert_close(softmax_focal_loss(logits, t, gamma=0.0), cross_entropy(logits, t))
+    ours = softmax_focal_loss(logits, t, gamma=0.0, label_smoothing=0.2)
+    assert_close(ours, cross_entropy(logits, t, label_smoothing=0.2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_one_hot_probabilities_are_class_indices(gamma: float) -> None:
+    logits, target = rows()
+    for options in ({}, {"alpha": 0.25}, {"label_smoothing": 0.1}, {"normalizer": "positives"}):
+        ours = softmax_focal_loss(logits, one_hot(target, 4).double(), gamma=gamma, **options)  # type: ignore[arg-type]
+        assert_close(ours, softmax_focal_loss(logits, target, gamma=gamma, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_two_classes_with_soft_labels_are_the_sigmoid_form(alpha: float | None, gamma: float) -> None:
+    logits, labels = (x.flatten() for x in entries(soft=True))
+    pair, t = torch.stack([torch.zeros_like(logits), logits], dim=1), torch.stack([1 - labels, labels], dim=1)
+    assert_close(
+        softmax_focal_loss(pair, t, gamma=gamma, alpha=alpha, reduction="none"),
+        elementwise(logits, labels, gamma=gamma, alpha=alpha),
+    )
+
+
+def test_a_smoothed_label_is_smoothed_first() -> None:
+    logits, target = rows()
+    smoothed = one_hot(target, 4).double() * 0.9 + 0.025
+    ours = softmax_focal_loss(logits, target, label_smoothing=0.1)
+    assert_close(ours, softmax_focal_loss(logits, smoothed), rtol=1e-12, atol=0)
+
+
+def test_smoothing_leaves_masked_classes_out() -> None:
+    logits, target = rows()
+    masked = logits.clone()
+    masked[:, 3] = -torch.inf
+    ours = softmax_focal_loss(masked, target % 3, label_smoothing=0.1)
+    assert_close(ours, softmax_focal_loss(logits[:, :3], target % 3, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_are_finite_at_saturation(dtype: torch.dtype, gamma: float) -> None:
+    logits = torch.tensor([[200.0, -200, 0], [-200, 200, 0], [1e4, -1e4, 0], [-1e4, 1e4, 0]], dtype=dtype)
+    for t in ([1.0, 0, 0], [0.9, 0.1, 0], [0.5, 0.25, 0.25]):
+        z = logits.clone().requires_grad_()
+        losses = softmax_focal_loss(z, torch.tensor([t] * 4, dtype=dtype), gamma=gamma, reduction="none")
+        (first,) = torch.autograd.grad(losses.sum(), z, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), z)
+        for x in (losses, first, second):
+            assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_derivatives_at_probabilities_agree_with_finite_differences(gamma: float) -> None:
+    logits, t = rows()[0].requires_grad_(), distributions()
+
+    def loss(z: Tensor) -> Tensor:
+        return softmax_focal_loss(z, t, gamma=gamma, reduction="none")
+
+    assert torch.autograd.gradcheck(loss, logits)
+    assert torch.autograd.gradgradcheck(loss, logits)
+
+
+def test_rows_of_probabilities_that_are_masked_may_hold_nan() -> None:
+    logits, t = rows()[0], distributions()
+    mask = torch.tensor([True, False, True, True, True, False])
+    expected = softmax_focal_loss(logits[mask], t[mask])
+    logits[~mask], t[~mask] = torch.nan, torch.nan
+    assert_close(softmax_focal_loss(logits, t, mask=mask), expected)
 
 
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -288,16 +417,18 @@ def test_a_batch_of_background_alone_is_divided_by_one() -> None:
     ("call", "error", "message"),
     [
         (lambda: SigmoidFocalLoss(gamma=-1.0), ValueError, r"gamma is -1.0, expected a number in \[0, inf\]"),
+        (lambda: SigmoidFocalStarLoss(gamma=0.0), ValueError, r"gamma is 0.0, expected a number in \(0, inf\]"),
         (lambda: SigmoidFocalLoss(alpha=2.0), ValueError, r"alpha is 2.0, expected a number in \[0, 1\]"),
         (
             lambda: sigmoid_focal_loss(entries()[0], entries()[1] + 1),
             ValueError,
             r"target holds .*, expected labels in",
         ),
-        (lambda: softmax_focal_loss(rows()[0], rows()[0]), TypeError, r"expected class indices of an integer type"),
+        (lambda: softmax_focal_loss(rows()[0], rows()[0]), ValueError, r"target holds .*, expected probabilities in"),
+        (lambda: SoftmaxFocalLoss(label_smoothing=-1), ValueError, r"label_smoothing is -1, expected a number in"),
         (lambda: softmax_focal_loss(rows()[0][:, :1], rows()[1]), ValueError, r"expected at least two classes"),
     ],
-    ids=["gamma", "alpha", "label", "probabilities", "one class"],
+    ids=["gamma", "star", "alpha", "label", "probabilities", "smoothing", "one class"],
 )
 def test_what_does_not_fit_is_refused(call: Callable[..., Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

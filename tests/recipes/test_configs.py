@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
@@ -25,14 +26,31 @@ from tests.recipes.launching import as_if_alone
 CONF = Path(counterpoise.recipes.__file__).parent / "conf"
 FILES = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglob("*.yaml"))
 OPTIONS = [name for name in FILES if "/" in name]
-MANDATORY = {"data/csv": ["data.path=table.csv", "data.label=y"], "data/image_folder": ["data.root=images"]}
+MANDATORY = {
+    "data/csv": ["data.path=table.csv", "data.label=y"],
+    "data/image_folder": ["data.root=images"],
+    "data/multi_label_csv": ["data.path=table.csv", "data.labels=y"],
+    "sampler/coreset": ["sampler.indices=indices.npy"],
+    "sampler/score": ["sampler.scores=scores.npy"],
+}
 NEEDS_OTHERS = {
+    "data/digits_canvas": ["recipe=multi_label"],
+    "data/multi_label_csv": ["recipe=multi_label"],
     "model/torchvision": ["data=image_folder", "data.root=images"],
+    "reweighter/broad": ["reweighter.by=target"],
     "reweighter/group_dro": ["reweighter.by=target"],
+    "sampler/coreset": ["loss=cross_entropy"],
+    "sampler/score": ["loss=cross_entropy"],
 }
 NOT_BUILT = {
     **dict.fromkeys(
-        ["data/cifar10_lt", "data/cifar100_lt", "data/fashion_mnist_lt", "data/coloured_fashion_mnist"],
+        [
+            "data/cifar10_lt",
+            "data/cifar100_lt",
+            "data/fashion_mnist_lt",
+            "data/coloured_fashion_mnist",
+            "data/fashion_canvas",
+        ],
         "needs files that are downloaded",
     ),
     **dict.fromkeys(["logger/mlflow", "logger/wandb"], "needs an extra of its own"),
@@ -44,6 +62,7 @@ SMALL = "a small set: more steps an epoch"
 IN_RUN_FOLDER = "inside the run folder"
 FROM_LOSS = "auto is read by build: cosine where the loss needs it"
 OF_RECIPE = "the recipe's own, where it names one"
+ONE_HOT = "one-hot targets: the mean over classes would shrink with their number"
 DIFFERENT = {
     ("callbacks/default", "monitor"): OF_RECIPE,
     ("callbacks/early_stopping", "mode"): "the monitored value is an accuracy",
@@ -52,17 +71,23 @@ DIFFERENT = {
     ("data/cifar10_lt", "num_workers"): WORKERS,
     ("data/coloured_digits", "batch_size"): SMALL,
     ("data/csv", "batch_size"): SMALL,
+    ("data/digits_canvas", "batch_size"): SMALL,
     ("data/digits_lt", "batch_size"): SMALL,
     ("data/image_folder", "batch_size"): SMALL,
     ("data/image_folder", "num_workers"): WORKERS,
+    ("data/multi_label_csv", "batch_size"): SMALL,
     ("logger/csv", "name"): IN_RUN_FOLDER,
     ("logger/mlflow", "experiment_name"): "runs of a recipe belong together",
     ("logger/mlflow", "tracking_uri"): IN_RUN_FOLDER,
     ("logger/tensorboard", "name"): IN_RUN_FOLDER,
     ("logger/wandb", "project"): "wandb asks for one",
     ("logger/wandb", "save_dir"): IN_RUN_FOLDER,
+    ("loss/binary_cross_entropy", "gamma"): "no focusing is what makes it binary cross-entropy",
+    ("loss/binary_cross_entropy", "inner"): "one scale with the other multi-label losses",
+    ("loss/asymmetric", "inner"): ONE_HOT,
     ("loss/ldam", "normalizer"): "the released code: with class weights the mean divides by their sum",
-    ("loss/sigmoid_focal", "inner"): "one-hot targets: the mean over classes would shrink with their number",
+    ("loss/sigmoid_focal", "inner"): ONE_HOT,
+    ("loss/sigmoid_focal_star", "inner"): ONE_HOT,
     ("model/mlp", "head"): FROM_LOSS,
     ("model/resnet32", "head"): FROM_LOSS,
     ("model/small_cnn", "head"): FROM_LOSS,
@@ -78,7 +103,9 @@ DIFFERENT = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working folder with a table of three classes and images of two in it."""
+    """A working folder with a table of three classes, images of two, scores and indices of examples in it."""
+    np.save(tmp_path / "scores.npy", np.linspace(0.1, 1.0, 50))
+    np.save(tmp_path / "indices.npy", np.arange(0, 50, 2))
     rows = [f"{i % 7},{i % 5},{i % 3}" for i in range(90)]
     (tmp_path / "table.csv").write_text("\n".join(["a,b,y", *rows]))
     for label in ("cat", "dog"):

@@ -5,11 +5,13 @@ Built-in sets (``digits_lt``, ``fashion_mnist_lt``, ``coloured_digits``, ...) an
 becomes long-tailed. ``LongTailedSubset`` does the last step for any labelled data set.
 """
 
+from counterpoise.recipes.data.canvas import digits_canvas, fashion_canvas
 from counterpoise.recipes.data.cifar import cifar10_lt, cifar100_lt
 from counterpoise.recipes.data.coloured import coloured_digits, coloured_fashion_mnist
 from counterpoise.recipes.data.csv import csv_table
 from counterpoise.recipes.data.cuts import balanced_split, stratified_split, validation_split
 from counterpoise.recipes.data.datamodule import LabelledData
+from counterpoise.recipes.data.diabetes import diabetes
 from counterpoise.recipes.data.digits import digits_lt
 from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt, load_fashion_mnist
 from counterpoise.recipes.data.image_folders import image_folder
@@ -20,8 +22,13 @@ from counterpoise.recipes.data.long_tail import (
     long_tail_counts,
     long_tail_indices,
 )
+from counterpoise.recipes.data.multi_label_csv import multi_label_csv
+from counterpoise.recipes.data.multi_task_csv import multi_task_csv
 from counterpoise.recipes.data.own import from_datasets
+from counterpoise.recipes.data.rotated import rotated_digits, rotated_fashion_mnist
+from counterpoise.recipes.data.scenes import digits_scenes, fashion_scenes
 from counterpoise.recipes.data.splits import AsDict, Examples, InMemory, Splits, groups_of, targets_of
+from counterpoise.recipes.data.task_splits import splits_of_tasks
 
 __all__ = [
     "AsDict",
@@ -38,14 +45,24 @@ __all__ = [
     "coloured_digits",
     "coloured_fashion_mnist",
     "csv_table",
+    "diabetes",
+    "digits_canvas",
     "digits_lt",
+    "digits_scenes",
+    "fashion_canvas",
     "fashion_mnist_lt",
+    "fashion_scenes",
     "from_datasets",
     "groups_of",
     "image_folder",
     "load_fashion_mnist",
     "long_tail_counts",
     "long_tail_indices",
+    "multi_label_csv",
+    "multi_task_csv",
+    "rotated_digits",
+    "rotated_fashion_mnist",
+    "splits_of_tasks",
     "stratified_split",
     "targets_of",
     "validation_split",

@@ -46,7 +46,7 @@ def digits_lt(
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)
     splits = build_splits(
-        InMemory(images, torch.from_numpy(digits.target)),
+        InMemory(images, torch.from_numpy(digits.target), bounds=(0, 1)),
         val=partial(balanced_split, per_class=val_per_class),
         test=partial(balanced_split, per_class=test_per_class),
         class_names=[str(digit) for digit in range(10)],

@@ -84,6 +84,17 @@ def image_folder(
     return data_module(splits, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
+def labelled_images(root: str | Path, image_size: int = 32) -> tuple[Examples, list[str], list[str]]:
+    """Every image of ``root/<class>/``, or of ``root/train/<class>/``, with the class names and the files in order.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`image_folder`.
+    """
+    folder = _Folder(_split_folders(Path(root).expanduser().absolute())["train"], image_size)
+    files = [str(Path(file).relative_to(folder.root)) for file, _ in folder.samples]
+    return _loaded(folder, image_size), list(folder.classes), files
+
+
 class _Folder(ImageFolder):
     """torchvision's ImageFolder with our errors; ``classes`` gives a val or test folder the numbering of train."""
 

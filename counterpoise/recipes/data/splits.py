@@ -25,11 +25,14 @@ class Examples(Dataset[dict[str, Any]], ABC):
         targets: (N,) int64 class indices; (N, ...) of another kind, or a dict of such, where a recipe trains on that.
         groups: (N,) int64 group ids, or None.
         draws_nothing: True if an item is the same whenever it is read: nothing in it is random.
+        input_range: (smallest, largest) that an input can hold, each a list with one number a channel, or one for all;
+            None where that is not known.
     """
 
     targets: Any
     groups: Tensor | None
     draws_nothing: bool
+    input_range: tuple[list[float], list[float]] | None = None
 
     @property
     def class_counts(self) -> list[int]:
@@ -77,6 +80,8 @@ class InMemory(Examples):
         mean, std: a number, or one a channel (dimension 1 of ``inputs``), subtracted and divided by when an item is
             read; in [0, 1] units for uint8 images. None = left alone.
         transform: called with each converted input, or None.
+        bounds: smallest and largest entry that inputs may have, before mean and std; None = 0 and 1 for uint8 images,
+            and not known for others.
 
     Raises:
         ValueError: targets or groups of another length than inputs.
@@ -91,6 +96,7 @@ class InMemory(Examples):
         mean: float | Sequence[float] | Tensor = 0.0,
         std: float | Sequence[float] | Tensor = 1.0,
         transform: Callable[[Tensor], Tensor] | None = None,
+        bounds: tuple[float, float] | None = None,
     ) -> None:
         self.inputs = inputs
         self.targets = self._checked(targets)
@@ -98,6 +104,15 @@ class InMemory(Examples):
         self.mean, self.std = self._per_channel(mean), self._per_channel(std)
         self.transform = transform
         self.draws_nothing = transform is None
+        self.bounds = (0.0, 1.0) if bounds is None and inputs.dtype == torch.uint8 else bounds
+
+    @property
+    def input_range(self) -> tuple[list[float], list[float]] | None:  # type: ignore[override]
+        """That of the bounds, behind mean and std; None behind a transform."""
+        if self.bounds is None or self.transform is not None:
+            return None
+        low, high = (((x - self.mean) / self.std).flatten().tolist() for x in self.bounds)
+        return low, high
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -151,6 +166,7 @@ class AsDict(Examples):
         self.targets = as_labels("targets", targets_of(dataset) if targets is None else targets, len(dataset))
         self.groups = groups_of(dataset)
         self.draws_nothing = getattr(dataset, "draws_nothing", False)
+        self.input_range = getattr(dataset, "input_range", None)
         self.indices = torch.arange(len(dataset))
         if indices is not None:
             self._keep(indices)
