@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,16 @@ def table(head: str, rows: Mapping[str, Sequence[str]], columns: Sequence[str]) 
     """Lines of a Markdown table."""
     lines = [f"| {' | '.join([head, *columns])} |", "|---" * (len(columns) + 1) + "|"]
     return lines + [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]
+
+
+def prose(text: str) -> list[str]:
+    """A paragraph as wrapped lines, and an empty one behind it."""
+    return [*textwrap.wrap(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False), ""]
+
+
+def command(module: str) -> list[str]:
+    """How a page is made, as a block that the documentation's tests do not run."""
+    return ["<!-- no-run: trains many networks -->", "```bash", f"python -m benchmarks.{module}", "```", ""]
 
 
 def write_page(name: str, lines: Sequence[str]) -> None:

@@ -57,7 +57,7 @@ def foreground_share(target: Tensor) -> Tensor:
 
 
 def segmentation_metrics(
-    predicted: Tensor, target: Tensor, *, class_names: Sequence[str], sparse_below: float = 0.05
+    predicted: Tensor, target: Tensor, *, class_names: Sequence[str], sparse_below: float = 0.12
 ) -> Scores:
     """Scores of predicted classes of pixels.
 

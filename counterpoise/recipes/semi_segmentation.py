@@ -62,8 +62,9 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tenso
 class SemiSegmentation(Recipe):
     """Segmentation judged by mean IoU over foreground classes, on dense and sparse images apart.
 
-    Class 0 is the background. Without a reweighter every example has the same ``share``: 1 is plain training on labels,
-    1/2 a fixed half. With :class:`~counterpoise.samplers.AdaWAC` the shares are learned; its state is in the checkpoint.
+    Class 0 is the background. Without a reweighter every example has the same ``share``: 1 is plain training on
+    labels, 1/2 a fixed half. With :class:`~counterpoise.samplers.AdaWAC` the shares are learned; its state is in the
+    checkpoint.
 
     Args:
         model: inputs (N, ...) to logits (N, C, H, W), with ``encode`` (a list of features, the deepest last) and
@@ -102,7 +103,7 @@ class SemiSegmentation(Recipe):
         share: float = 1.0,
         coefficient: float = 2.0,
         dice: float = 0.5,
-        sparse_below: float = 0.05,
+        sparse_below: float = 0.12,
         views: AlignedViews | None = None,
         optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
@@ -113,9 +114,7 @@ class SemiSegmentation(Recipe):
             check_number(name, value, 0, 1)
         check_number("coefficient", coefficient, 0)
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
-            raise ValueError(
-                f"model {type(model).__name__} has no encode and decode, expected them as SmallUNet has them"
-            )
+            raise ValueError(f"model {type(model).__name__} has no encode and decode, expected both, as SmallUNet")
         if reweighter is not None and not isinstance(reweighter, AdaWAC):
             raise ValueError(f"reweighter is a {type(reweighter).__name__}, expected AdaWAC or none")
         if not hasattr(loss, "reduction"):

@@ -22,8 +22,8 @@ def digits_scenes(
     classes: int = 4,
     sparse_fraction: float = 0.5,
     noise: float = 0.2,
-    cells: int = 4,
-    n_train: int = 300,
+    cells: int = 2,
+    n_train: int = 400,
     n_val: int = 100,
     n_test: int = 200,
     seed: int = 0,
@@ -32,8 +32,8 @@ def digits_scenes(
 ) -> LabelledData:
     """scikit-learn's digits pasted onto noise; inputs (1, 10 cells, 10 cells), targets (10 cells, 10 cells).
 
-    Pixel class 0 is the background, c + 1 the ink of digit c. Sparse images hold one digit or none, dense ones fill more
-    than half of the cells. Training, validation and test are composed of different digits.
+    Pixel class 0 is the background, c + 1 the ink of digit c. Sparse images hold one digit or none, dense ones fill
+    more than half of the cells. Training, validation and test are composed of different digits.
 
     Args:
         classes: 2 to 10, the first digits.
@@ -46,10 +46,8 @@ def digits_scenes(
     Raises:
         ValueError: a setting out of range.
     """
-    names = [str(digit) for digit in range(10)]
-    splits = scene_splits(
-        digit_items(seed), names, classes, sparse_fraction, noise, cells, (n_train, n_val, n_test), seed
-    )
+    names, sizes = [str(digit) for digit in range(10)], (n_train, n_val, n_test)
+    splits = scene_splits(digit_items(seed), names, classes, sparse_fraction, noise, cells, sizes, seed)
     return data_module(splits, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 
@@ -68,7 +66,9 @@ def fashion_scenes(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> LabelledData:
-    """Fashion-MNIST items at half their size pasted onto noise; inputs (1, 16 cells, 16 cells), as :func:`digits_scenes`.
+    """Fashion-MNIST items at half their size pasted onto noise, as :func:`digits_scenes`.
+
+    Inputs (1, 16 cells, 16 cells), targets (16 cells, 16 cells).
 
     Args:
         root, download: see :func:`~counterpoise.recipes.data.fashion_mnist_lt`.

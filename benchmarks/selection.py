@@ -1,0 +1,182 @@
+"""``python -m benchmarks.selection``: coreset selection against the plain loops; ``--write`` fills docs/performance.md.
+
+Times on one thread. Growth and memory are measured in processes of their own: the peak of resident memory over what the
+process held when the features were there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.__main__ import PAGE, environment
+from counterpoise.samplers import facility_location, k_center_greedy
+
+SIZES = ((5_000, 500), (10_000, 500), (20_000, 500), (20_000, 125), (20_000, 250))
+LARGE = (200_000, 128, 1_000)
+
+
+def features(n: int, d: int) -> Tensor:
+    """Normal features of seed 0: the hard case, without clusters."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+
+def select(method: str, x: Tensor, budget: int) -> object:
+    if method == "k_center_greedy":
+        return k_center_greedy(x, budget, first=0)
+    if method == "facility_location by class":
+        return facility_location(x, budget, targets=torch.arange(len(x)) % 10)
+    return facility_location(x, budget)
+
+
+def plain_k_center(x: Tensor, budget: int) -> list[int]:
+    """The loop that one would write."""
+    picks = [0]
+    least = ((x - x[0]) ** 2).sum(1)
+    while len(picks) < budget:
+        picks.append(int(least.argmax()))
+        least = torch.minimum(least, ((x - x[picks[-1]]) ** 2).sum(1))
+    return picks
+
+
+def naive_facility_location(x: Tensor, budget: int) -> tuple[list[int], list[float]]:
+    """Every gain at every pick, from a similarity matrix that is kept in memory and summed in double precision."""
+    distance = torch.cdist(x.double(), x.double())
+    similarity, best = distance.max() - distance, torch.zeros(len(x), dtype=torch.float64)
+    picks: list[int] = []
+    gains: list[float] = []
+    while len(picks) < budget:
+        gain = sum((part - best[i : i + 256, None]).clamp_(min=0).sum(0) for i, part in tiles(similarity))
+        picks.append(int(gain.argmax()))
+        gains.append(float(gain.max()))
+        best = torch.maximum(best, similarity[:, picks[-1]])
+    return picks, gains
+
+
+def tiles(matrix: Tensor) -> list[tuple[int, Tensor]]:
+    return [(i, matrix[i : i + 256]) for i in range(0, len(matrix), 256)]
+
+
+def seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def k_center_line(rounds: int = 7) -> str:
+    """20,000 x 64, 500 picks: the ratio of interleaved runs, and how many picks are the same."""
+    x = features(20_000, 64)
+    ours, theirs = k_center_greedy(x, 500, first=0).indices.tolist(), plain_k_center(x, 500)
+    ratios = [
+        seconds(lambda: plain_k_center(x, 500)) / seconds(lambda: k_center_greedy(x, 500, first=0))
+        for _ in range(rounds)
+    ]
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return (
+        f"| k_center_greedy | plain loop | 20,000 x 64, 500 picks | {median:.1f} x ({low:.1f} to {high:.1f}) "
+        f"| {same} of 500 |"
+    )
+
+
+def facility_lines() -> list[str]:
+    """Against the naive greedy: all of it on a small set, a few of its picks on a large one."""
+    small, large = features(4_000, 64), features(20_000, 64)
+    found = facility_location(small, 200)
+    ours = seconds(lambda: facility_location(small, 200))
+    start = time.perf_counter()
+    picks, gains = naive_facility_location(small, 200)
+    theirs = time.perf_counter() - start
+    same = sum(a == b for a, b in zip(found.indices.tolist(), picks, strict=True))
+    apart = max(abs(a - b) / b for a, b in zip(found.gains.tolist(), gains, strict=True))
+    lines = [
+        f"| facility_location | naive greedy | 4,000 x 64, 200 picks | {theirs / ours:.0f} x "
+        f"| {same} of 200, gains within {apart:.0e} |"
+    ]
+    ours = seconds(lambda: facility_location(large, 500))
+    one, few = (seconds(lambda m=m: naive_facility_location(large, m)) for m in (1, 6))  # type: ignore[misc]
+    theirs = one + 499 * (few - one) / 5
+    lines.append(
+        f"| facility_location | naive greedy, 5 of its picks timed | 20,000 x 64, 500 picks | {theirs / ours:.0f} x | - |"
+    )
+    return lines
+
+
+def in_child(method: str, n: int, d: int, budget: int) -> tuple[float, float]:
+    """Seconds, and MiB above what was there before, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.selection", "--child", method, str(n), str(d), str(budget)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(out[0]), float(out[1])
+
+
+def child(method: str, n: int, d: int, budget: int) -> None:
+    x = features(n, d)
+    select(method, features(300, d), 3)  # libraries warm up
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took = seconds(lambda: select(method, x, budget))
+    print(took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Least-squares exponent of y ~ x^k."""
+    logs = [(math.log(x), math.log(y)) for x, y in points]
+    return statistics.linear_regression(*zip(*logs, strict=True)).slope
+
+
+def growth_line(method: str) -> str:
+    """Exponents of the time in N (at 500 picks) and in the picks (at N = 20,000)."""
+    found = {size: min(in_child(method, size[0], 64, size[1])[0] for _ in range(2)) for size in SIZES}
+    in_n = slope([(n, t) for (n, m), t in found.items() if m == 500])
+    in_m = slope([(m, t) for (n, m), t in found.items() if n == 20_000])
+    return f"| {method} | N^{in_n:.2f} | m^{in_m:.2f} |"
+
+
+def large_line(method: str) -> str:
+    n, d, budget = LARGE
+    took, extra = in_child(method, n, d, budget)
+    return f"| {method} | {n:,} x {d}, {budget:,} picks | {took:.0f} s | {extra:.0f} MiB |"
+
+
+def report(large: bool) -> str:
+    """The three tables."""
+    lines = ["| ours | against | size | faster | same picks |", "| --- | --- | --- | ---: | --- |"]
+    lines += [k_center_line(), *facility_lines()]
+    lines += ["", "| method | time grows with N as | with the picks as |", "| --- | ---: | ---: |"]
+    lines += [growth_line("k_center_greedy"), growth_line("facility_location")]
+    lines += ["", "| method | size | time | memory beside the features |", "| --- | --- | ---: | ---: |"]
+    lines += [large_line("k_center_greedy"), large_line("facility_location by class")]
+    lines += [large_line("facility_location")] if large else []
+    return "\n".join([*lines, "", environment().replace(", forward and backward", " features") + "."])
+
+
+def main() -> None:
+    """Prints the tables, and writes them where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
+    parser.add_argument("--large", action="store_true", help="facility location on all of 200,000 examples too")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.child:
+        method, n, d, budget = options.child
+        child(method, int(n), int(d), int(budget))
+        return
+    found = report(options.large)
+    print(found)
+    if options.write:
+        marked = re.compile(r"(<!-- selection -->).*?(<!-- /selection -->)", re.DOTALL)
+        PAGE.write_text(marked.sub(lambda m: f"{m[1]}\n\n{found}\n\n{m[2]}", PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()
