@@ -65,9 +65,8 @@ def page(found: Found) -> list[str]:
             """Only group DRO is told the groups in training; training twice finds most of the minority by its errors.
             CVaR and chi-square DRO are told nothing and weight the hardest examples of each batch: here those are for
             a large part pullovers and coats that look alike, of which the majority groups have far more than the
-            minority has examples. So they do not show the advantage that their papers report where the hard examples
-            are the minority; with a smaller alpha or a larger radius (0.1 and 0.2; 1 and 3, on the other random state)
-            they were worse than plain training."""
+            minority has examples. On the other random state a smaller alpha or a larger radius (0.1 and 0.2; 1 and 3)
+            were worse than plain training: their papers' advantage needs data whose hard examples are the minority."""
         ),
     ]
 

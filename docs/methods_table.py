@@ -30,6 +30,20 @@ def parts(room: str) -> list[type]:
     )
 
 
+def functions(room: str) -> list[tuple[str, str]]:
+    """Exported functions that belong to no part: name, and the source that their file gives."""
+    exported = import_module(f"counterpoise.{room}")
+    homes = {inspect.getmodule(part) for part in parts(room)}
+    found = []
+    for name in exported.__all__:
+        function = getattr(exported, name)
+        home = inspect.getmodule(function)
+        source = re.search(r"^Source: (.*?)(?:\n\n|\Z)", (home and home.__doc__) or "", re.M | re.S)
+        if inspect.isfunction(function) and home not in homes and source:
+            found.append((name, " ".join(source[1].split()).rstrip(".")))
+    return found
+
+
 def configs() -> dict[str, str]:
     """Dotted target to the command-line choice that names it, such as ``loss=ldam``."""
     found = {}
@@ -58,6 +72,11 @@ def short_table() -> str:
         for room in ROOMS
         for part in parts(room)
     ]
+    rows += [
+        [f"`{room}.{name}()`", "function", "derived" if "derived" in source else "verified", source]
+        for room in ROOMS
+        for name, source in functions(room)
+    ]
     return table(["part", "task", "status", "source"], rows)
 
 
@@ -75,6 +94,8 @@ def long_tables() -> str:
             exempt += [[name, promise, reason] for promise, reason in spec.exemptions.items()]
         header = ["part", "task", "needs", "ranks", "status", "config"]
         blocks.append(f"## {title}\n\n{table(header, rows)}")
+    of_files = [[f"`{room}.{name}`", source] for room in ROOMS for name, source in functions(room)]
+    blocks.append(f"## Functions\n\n{table(['function', 'source'], of_files)}")
     blocks.append(f"## Sources\n\n{table(['part', 'source'], sources)}")
     blocks.append("## Exemptions\n\n" + (table(["part", "from", "because"], exempt) if exempt else "None."))
     return "\n\n".join(blocks)

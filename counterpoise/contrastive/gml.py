@@ -310,7 +310,7 @@ class GMLLoss(Loss):
         task="labelled_embeddings",
         source="Suh and Seo, Long-Tailed Recognition by Mutual Information Maximization between Latent Features and "
         "Ground-Truth Labels, 2023",
-        needs=("class_counts",),
+        needs=("class_counts", "cosine_logits"),
         distributed="gathers",
         uses_prior=True,
         exempt={

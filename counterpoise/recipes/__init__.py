@@ -17,6 +17,8 @@ _HOME = {
     "Coreset": "coreset",
     "DeferredReweighting": "callbacks",
     "Fair": "fair",
+    "GML": "gml",
+    "GradientSurgery": "gradient_surgery",
     "GroupRobust": "group_robust",
     "Heads": "models",
     "History": "callbacks",

@@ -209,7 +209,7 @@ class Adversarial(Recipe):
         robust, details = robustness_metrics(hits, predictions["target"].cpu(), data.num_classes, radii, self.radius)
         kept = ("accuracy", "balanced_accuracy", "expected_calibration_error", "nll")
         told = {"attack": f"{self.test_steps} steps, {self.test_restarts} random starts", "radius": self.radius}
-        unit = "the range of the inputs" if self.range_known else "the units of the inputs"
+        unit = "as a share of the inputs' range" if self.range_known else "in units of the inputs"
         return Scores(
             {**robust, **{name: plain.scalars[name] for name in kept}},
             {**plain.details, "robustness": {**told, "unit": unit, **details}},

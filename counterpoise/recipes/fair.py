@@ -56,7 +56,8 @@ class Fair(Recipe):
     gap). No fairness threshold is enforced; the report shows what the other epochs traded.
 
     Training steps several optimisers by itself, so Lightning's gradient clipping and accumulation are not to be had.
-    The Trainer's steps are those of the predictor.
+    The Trainer's steps are those of the predictor. Several devices need
+    ``strategy="ddp_find_unused_parameters_true"``: each player's loss leaves parameters of the others unused.
 
     Args:
         model: the predictor, inputs to logits (N, 2).
@@ -193,25 +194,17 @@ class Fair(Recipe):
         """The adversary's losses (N,)."""
         return cross_entropy(self.adversary(evidence), group, reduction="none")
 
-    def log_ratio(self, losses: Tensor, group: Tensor, features: Tensor) -> Tensor:
-        """Log of the weights (N,), for losses (N,) of the adversary and features (N, d)."""
-        if self.ratio is not None:
-            return self.ratio(features, group)
-        return torch.zeros_like(losses) if self.broad is None else self.broad(losses, group=group).log()
-
     def _train_weights(self, seen: Tensor, group: Tensor, features: Tensor, others: list[Any]) -> Tensor | None:
         """The weights (N,) of the predictor's step, detached; None for ones. The ratio network is trained first."""
-        if self.weights == "none":
-            return None
-        with torch.no_grad():
-            losses = self.guess_losses(seen, group)
-        if self.broad is not None:
-            return self.broad(losses, group=group)
+        losses = self.guess_losses(seen, group).detach()
+        if self.ratio is None:
+            return None if self.broad is None else self.broad(losses, group=group)
         for _ in range(self.ratio_steps):
-            log_ratio = self.log_ratio(losses, group, features)
-            objective = road_ratio_objective(log_ratio, losses, temperature=self.temperature, sync=True)
+            objective = road_ratio_objective(
+                self.ratio(features, group), losses, temperature=self.temperature, sync=True
+            )
             self._helper_step(others[1], objective)
-        return self.log_ratio(losses, group, features).detach().exp()
+        return self.ratio(features, group).detach().exp()
 
     def _helper_step(self, optimizer: Any, loss: Tensor) -> None:
         """A step of adversary or ratio network, which the Trainer does not count: its steps are batches."""
@@ -258,9 +251,10 @@ class Fair(Recipe):
         logits = self.model(x).float()
         seen = self.evidence(logits, batch["target"])
         losses = self.guess_losses(seen, group)
-        score = -losses / self.temperature if self.broad is not None else torch.zeros_like(losses)
         if self.ratio is not None:
-            score = self.ratio.scores(x.flatten(1), group).float()
+            score = self.ratio.scores(x.flatten(1).float(), group)
+        else:
+            score = -losses / (self.temperature if self.weights == "broad" else math.inf)
         kept = {name: batch[name] for name in ("index", "target", "group")}
         told = {"subgroup": self.subgroup_of(x), "guess": self.adversary(seen).argmax(1), "log_weight": score}
         return {**kept, "logits": logits, **told}
@@ -278,14 +272,11 @@ class Fair(Recipe):
         found = self._metrics(metric.compute())
         right = (predictions["guess"] == group).double()
         recalls = torch.stack([right[group == g].mean() for g in group.unique()])
-        chance = 1 / len(recalls)
-        told = {"train_count": self.group_counts, "adversary": {"balanced_accuracy": float(recalls.mean())}}
-        details = {**found.details, "criterion": self.criterion, "weights": self.weights, **told}
-        note = f"the adversary's balanced accuracy in guessing the group is {recalls.mean():.3f}, chance {chance:.3f}"
+        settings = {"criterion": self.criterion, "weights": self.weights, "train_count": self.group_counts}
         return Scores(
             {**accuracy, **found.scalars, "adversary_balanced_accuracy": float(recalls.mean()), **rest},
-            {**plain.details, "fairness": details},
-            [*plain.notes, *found.notes, note],
+            {**plain.details, "fairness": {**found.details, **settings}},
+            [*plain.notes, *found.notes],
         )
 
     def configure_optimizers(self) -> Any:

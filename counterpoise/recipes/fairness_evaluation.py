@@ -7,8 +7,8 @@ The p-rule is disparate impact as a ratio in [0, 1]; one is equal treatment. The
 0.5 (gap of the false-positive rate + gap of the true-positive rate): absolute gaps, where a sum of signed ones, as some
 code has it, lets two unequal rates cancel. The *local* figures are those of the subgroup that has the worst.
 
-Source: Grari et al., On the Fairness ROAD: Robust Optimization for Adversarial Debiasing, 2024; equalised odds: Hardt et
-al., Equality of Opportunity in Supervised Learning, 2016.
+Source: Grari et al., On the Fairness ROAD: Robust Optimization for Adversarial Debiasing, 2024; equalised odds: Hardt
+et al., Equality of Opportunity in Supervised Learning, 2016.
 """
 
 from __future__ import annotations
@@ -190,9 +190,8 @@ def _notes(
             f"p-rule undefined in subgroup {', '.join(undefined)}, where a group is absent or nobody is predicted "
             "positive: left out of the worst local p-rule"
         )
-    smallest = int(total.min())
-    if smallest < FEW:
-        notes.append(f"the smallest cell of subgroup and group has {smallest} examples: local figures are coarse")
+    if int(total.min()) < FEW:
+        notes.append(f"a group has fewer than {FEW} evaluated examples in some subgroup: local figures are coarse")
     return notes
 
 

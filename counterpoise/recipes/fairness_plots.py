@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from counterpoise.recipes.report_plots import _SIZE, _STYLE, COLORS, _class_ticks, _percent, to_svg
 
@@ -33,7 +34,7 @@ def grouped_bar_plot(names: Sequence[str], values: Mapping[str, np.ndarray], *, 
 
 
 def weight_plot(weights: Mapping[str, np.ndarray], *, title: str, key: str) -> str:
-    """Histograms of positive weights, on a logarithmic axis, one outline a series; one is marked."""
+    """Histograms of positive weights, on a logarithmic axis, one outline a series."""
     known = np.concatenate(list(weights.values()))
     low, high = min(0.5, float(known.min())), max(2.0, float(known.max()))
     edges = np.geomspace(max(low, 1e-4), high, 25)
@@ -46,6 +47,9 @@ def weight_plot(weights: Mapping[str, np.ndarray], *, title: str, key: str) -> s
             axes.hist(inside, edges, weights=share, histtype="step", linewidth=1.6, color=_color(i), label=label)
         axes.axvline(1, color=COLORS["muted"], linestyle="--", linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.minorticks_off()
         axes.set_xlabel("Weight (dashed: one)")
         _percent(axes, title, limits=False)
         _legend_below(axes, len(weights))

@@ -200,7 +200,7 @@ def with_heads(model: nn.Module, tasks: Sequence[Task]) -> nn.Module:
     if not linear:
         raise ValueError(f"model is a {type(model).__name__} without a linear layer, expected one to replace by heads")
     name, last = linear[-1]
-    heads = Heads(last.in_features, tasks)  # type: ignore[arg-type]
+    heads = Heads(last.weight.shape[1], tasks)
     if not name:
         return heads
     parent, _, own = name.rpartition(".")

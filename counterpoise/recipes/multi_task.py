@@ -107,12 +107,24 @@ class MultiTask(Recipe):
         return costs, counted if mask is None else counted & mask[:, None]
 
     def composed(self, logits: Any, batch: Batch) -> Tensor:
-        """The weighted loss of the outputs ``logits``; logs the unweighted sum of the tasks that the batch has."""
+        """The weighted loss of the outputs ``logits``, a dict by task."""
         costs, counted = self.costs(logits, batch)
         weight = self.weight_of(batch)
-        mean, _ = task_means(costs, names=self.order, weight=weight, mask=counted)
-        self.log_training("unweighted", mean.sum(), batch)
         return self.loss(costs, mask=counted, **({} if weight is None else {"weight": weight}))
+
+    def unweighted(self, outputs: dict[str, Tensor], batch: Batch) -> Tensor:
+        """(K,) mean losses of the tasks in the weighting's order, 0 for a task that the batch lacks."""
+        costs, counted = self.costs(outputs, batch)
+        return task_means(costs, names=self.order, weight=self.weight_of(batch), mask=counted)[0]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted loss of a batch; logs it, and the unweighted sum."""
+        outputs = self.model(self.inputs(batch))
+        total = self.composed(outputs, batch)
+        self.log_training("loss", total, batch)
+        with torch.no_grad():
+            self.log_training("unweighted", self.unweighted(outputs, batch).sum(), batch)
+        return total
 
     @property
     def effective_weights(self) -> dict[str, float]:

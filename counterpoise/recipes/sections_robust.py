@@ -24,7 +24,7 @@ def curve_figure(run: RunFolder) -> Figure:
     """Accuracy against the radius of the attack."""
     curve, unit = run.metric("robustness", "curve"), run.metric("robustness", "unit")
     radii, accuracy = np.array(curve["radius"]), _numbers(curve["accuracy"])
-    svg = rate_plot(radii, accuracy, title="Accuracy against radius", label=f"Radius, in {unit}", key="radius-curve")
+    svg = rate_plot(radii, accuracy, title="Accuracy against radius", label=f"Radius, {unit}", key="radius-curve")
     points = ", ".join(f"{100 * a:.1f}% at {r:g}" for r, a in zip(radii, accuracy, strict=True))
     attack = run.metric("robustness", "attack")
     told = (

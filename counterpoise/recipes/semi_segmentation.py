@@ -114,7 +114,7 @@ class SemiSegmentation(Recipe):
             check_number(name, value, 0, 1)
         check_number("coefficient", coefficient, 0)
         if not (hasattr(model, "encode") and hasattr(model, "decode")):
-            raise ValueError(f"model {type(model).__name__} has no encode and decode, expected both, as SmallUNet")
+            raise ValueError(f"model {type(model).__name__} has no encode and decode, expected both as in SmallUNet")
         if reweighter is not None and not isinstance(reweighter, AdaWAC):
             raise ValueError(f"reweighter is a {type(reweighter).__name__}, expected AdaWAC or none")
         if not hasattr(loss, "reduction"):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, threshold_
+from torch.nn.functional import normalize
 
 Rows = Tensor | slice
 
@@ -36,7 +36,7 @@ class Distance:
     (-2 x, x.x, 1) (y, 1, y.y)^T is the squared distance.
     """
 
-    ceiling = None
+    ceiling: float | None = None
     symmetric = True
 
     def __init__(self, features: Tensor) -> None:
@@ -55,13 +55,13 @@ class Distance:
         """(rows, columns) float64."""
         right = self.right[rows]
         left = torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], 1)
-        return threshold_(left @ self.right[columns].T, self.rounding, 0.0).sqrt_()
+        return torch.threshold_(left @ self.right[columns].T, self.rounding, 0.0).sqrt_()
 
 
 class Cosine:
     """(1 - cos(x_i, x_j)) / 2, in [0, 1]; a row of zeros has cosine 0 with all."""
 
-    ceiling = 1.0
+    ceiling: float | None = 1.0
     symmetric = True
 
     def __init__(self, features: Tensor) -> None:
@@ -83,7 +83,7 @@ class GradientDistance:
     features h, the gradient of the bias alone.
     """
 
-    ceiling = None
+    ceiling: float | None = None
     symmetric = True
 
     def __init__(self, errors: Tensor, features: Tensor | None = None) -> None:
@@ -101,13 +101,13 @@ class GradientDistance:
         """(rows, columns) float64."""
         products = (self.errors[rows] @ self.errors[columns].T).mul_(self.inputs[rows] @ self.inputs[columns].T)
         squared = products.mul_(-2).add_(self.squares[rows][:, None]).add_(self.squares[columns])
-        return threshold_(squared, self.rounding, 0.0).sqrt_()
+        return torch.threshold_(squared, self.rounding, 0.0).sqrt_()
 
 
 class Dense:
     """-S of a matrix (N, N) that is at hand, entries >= 0; column j says how well j stands for every row."""
 
-    ceiling = 0.0
+    ceiling: float | None = 0.0
     symmetric = False
 
     def __init__(self, similarity: Tensor) -> None:

@@ -95,10 +95,12 @@ def facility_location(
             return facility_location(part, share, similarity=block, **options)  # type: ignore[arg-type]
 
         return select_per_class(targets, budget, inside)
+    costs: Dissimilarity
     if similarity is not None:
-        return greedy_facility_location(Dense(similarity.detach()), budget, method, delta, seed, start)
-    formed = (Cosine if metric == "cosine" else Distance)(rows.detach())
-    return greedy_facility_location(formed, budget, method, delta, seed, start)
+        costs = Dense(similarity.detach())
+    else:
+        costs = Cosine(rows.detach()) if metric == "cosine" else Distance(rows.detach())
+    return greedy_facility_location(costs, budget, method, delta, seed, start)
 
 
 def _one_of(features: Tensor | None, similarity: Tensor | None) -> Tensor:

@@ -30,6 +30,7 @@ from counterpoise.samplers.selection import (
 )
 
 TILE = 1 << 19  # numbers in a tile of distances
+ROWS = 4096  # of the features in float64 at once
 
 
 def k_center_greedy(
@@ -92,9 +93,14 @@ def _starting_points(
     check_choice("first", first, ("random", "medoid"))
     if first == "random":
         return [int(torch.randint(n, (), generator=generator_for(seed)))]
-    mean = features.mean(0, dtype=torch.float64)
-    distance = torch.cat([(part.double() - mean).square().sum(1) for part in features.split(4096)])
+    mean = _mean(features)
+    distance = torch.cat([(part - mean).square().sum(1) for part in features.split(ROWS)])
     return [_first_of_largest(-distance)]
+
+
+def _mean(features: Tensor) -> Tensor:
+    """(D,) float64 mean, summed in parts so that no float64 copy of all is made."""
+    return torch.stack([part.sum(0, dtype=torch.float64) for part in features.split(ROWS)]).sum(0) / len(features)
 
 
 def _first_of_largest(values: Tensor) -> int:
@@ -108,8 +114,8 @@ class _Cover:
     def __init__(self, features: Tensor, start: list[int]) -> None:
         n, device = len(features), features.device
         self.features = features
-        self.mean = features.mean(0, dtype=torch.float64)
-        self.squares = torch.cat([self._rows(part).square().sum(1) for part in torch.arange(n).split(4096)])
+        self.mean = _mean(features)
+        self.squares = torch.cat([(part - self.mean).square().sum(1) for part in features.split(ROWS)])
         self.picks = list(start)
         self.seen = 0  # picks that every example's distance knows of
         self.distance = torch.full((n,), torch.inf, dtype=torch.float64, device=device)
@@ -160,7 +166,7 @@ class _Cover:
     def _bring_up_to_date(self, leaders: bool = True) -> None:
         """Shows every example the picks that it has not seen, and chooses the leaders anew."""
         new = self.picks[self.seen :]
-        centres, rows = self._rows(new), max(1, TILE // max(1, len(new)))
+        centres, rows = self._rows(new), max(1, TILE // max(128, len(new)))
         for begin in range(0, len(self.features) if new else 0, rows):
             tile = slice(begin, begin + rows)
             changed, exact, position = _closer(self._rows(tile), self.squares[tile], self.distance[tile], centres)
@@ -170,7 +176,7 @@ class _Cover:
         self.distance[new] = 0
         if leaders:
             if self.seen and len(new) * self.leaders_wanted < len(self.features):  # more leaders cost less than passes
-                self.leaders_wanted = min(2 * self.leaders_wanted, max(256, len(self.features) // 8))
+                self.leaders_wanted = min(2 * self.leaders_wanted, min(8192, max(256, len(self.features) // 8)))
             self._choose_leaders()
         self.seen = len(self.picks)
 

@@ -24,13 +24,27 @@ Vector = Tensor | Sequence[float] | str
 
 
 def read_vector(name: str, values: Vector) -> Tensor:
-    """A (N,) tensor from a tensor, a sequence or the path of a ``.npy`` file; ValueError for other shapes."""
+    """A (N,) tensor from a tensor, a sequence or the path of a ``.npy`` file, or of an ``.npz`` file with such a name.
+
+    Raises:
+        ValueError: another shape, or a file without the name.
+    """
     if isinstance(values, str):
-        values = torch.from_numpy(np.load(values, allow_pickle=False))
+        values = torch.from_numpy(_read(name, values))
     vector = torch.as_tensor(values).detach().cpu()
     if vector.ndim != 1 or vector.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected (N,) with N >= 1")
     return vector
+
+
+def _read(name: str, path: str) -> np.ndarray:
+    found = np.load(path, allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return found
+    with found:
+        if name not in found:
+            raise ValueError(f"{name}: {path} holds {', '.join(found.files)}, expected an array of that name")
+        return found[name]
 
 
 class ScoreSampler(EpochSampler):
@@ -91,7 +105,8 @@ class CoresetSampler(EpochSampler):
     ``sampler.weight_of(index)``.
 
     Args:
-        indices: (b,) distinct indices of training examples, such as ``selection.indices``; or a ``.npy`` file's path.
+        indices: (b,) distinct indices of training examples, such as ``selection.indices``; or the path of a
+            ``.npy`` file, or of the ``selection.npz`` that ``counterpoise-select`` writes.
         weights: (b,) >= 0, such as ``selection.weights``, or a path; None weighs all alike.
         seed: >= 0.
 

@@ -35,7 +35,9 @@ MANDATORY = {
 }
 NEEDS_OTHERS = {
     "data/digits_canvas": ["recipe=multi_label"],
+    "data/digits_scenes": ["recipe=semi_segmentation"],
     "data/multi_label_csv": ["recipe=multi_label"],
+    "model/small_unet": ["recipe=semi_segmentation"],
     "model/torchvision": ["data=image_folder", "data.root=images"],
     "reweighter/broad": ["reweighter.by=target"],
     "reweighter/group_dro": ["reweighter.by=target"],
@@ -50,6 +52,7 @@ NOT_BUILT = {
             "data/fashion_mnist_lt",
             "data/coloured_fashion_mnist",
             "data/fashion_canvas",
+            "data/fashion_scenes",
         ],
         "needs files that are downloaded",
     ),
@@ -71,6 +74,7 @@ DIFFERENT = {
     ("data/cifar10_lt", "num_workers"): WORKERS,
     ("data/coloured_digits", "batch_size"): SMALL,
     ("data/csv", "batch_size"): SMALL,
+    ("data/diabetes", "batch_size"): SMALL,
     ("data/digits_canvas", "batch_size"): SMALL,
     ("data/digits_lt", "batch_size"): SMALL,
     ("data/image_folder", "batch_size"): SMALL,
@@ -95,6 +99,7 @@ DIFFERENT = {
     ("optimizer/sgd", "lr"): PAPER,
     ("optimizer/sgd", "momentum"): PAPER,
     ("optimizer/sgd", "weight_decay"): PAPER,
+    ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
     ("scheduler/cosine", "warmup"): "5 % of the steps, so that a first large step cannot diverge",
     ("scheduler/multistep", "factor"): PAPER,
     ("scheduler/multistep", "warmup"): PAPER,

@@ -34,6 +34,7 @@ def fashion_mnist_lt(
     class_order: ClassOrder = 0,
     n_max: int | None = 4000,
     val_per_class: int = 100,
+    test_per_class: int | None = None,
     seed: int = 0,
     batch_size: int = 128,
     num_workers: int = 0,
@@ -48,6 +49,7 @@ def fashion_mnist_lt(
         profile, class_order, n_max: see :class:`~counterpoise.recipes.data.LongTailedSubset`. 4000 gives about 10,000
             images at factor 100; None takes the whole class.
         val_per_class: validation images a class, >= 10, cut from the training part before it becomes long-tailed.
+        test_per_class: test images a class, >= 10, where testing is slow; None = the whole test split.
         seed: draws splits and tail.
 
     Raises:
@@ -57,10 +59,14 @@ def fashion_mnist_lt(
     """
     check_number("val_per_class", val_per_class, LEAST_PER_CLASS)
     train, test = load_fashion_mnist(root, download)
+    tested = AsDict(test)
+    if test_per_class is not None:
+        check_number("test_per_class", test_per_class, LEAST_PER_CLASS)
+        tested = tested.subset(balanced_split(test.targets, test_per_class, seed)[0])
     splits = build_splits(
         train,
         val=partial(balanced_split, per_class=val_per_class),
-        test=AsDict(test),
+        test=tested,
         class_names=CLASS_NAMES,
         tail=LongTail(imbalance_factor, profile, class_order, n_max),
         seed=seed,

@@ -101,11 +101,14 @@ def scene_splits(
     for i, (part, name, size) in enumerate(zip(items, ("n_train", "n_val", "n_test"), sizes, strict=True)):
         check_number(name, size, 20)
         parts.append(_scenes(part, classes, size, sparse_fraction, noise, cells, generator_for(seed, 7, i)))
+    train, val, test = parts
     return Splits(
-        *parts,
+        train,
+        val,
+        test,
         class_names=["background", *names[:classes]],
-        class_counts=parts[0].targets.flatten().bincount(minlength=classes + 1).tolist(),
-        input_shape=tuple(parts[0].inputs.shape[1:]),
+        class_counts=train.targets.flatten().bincount(minlength=classes + 1).tolist(),
+        input_shape=tuple(train.inputs.shape[1:]),
         kind="pixels",
     )
 
