@@ -1,7 +1,7 @@
 """``python -m benchmarks.selection``: coreset selection against the plain loops; ``--write`` fills docs/performance.md.
 
-Times on one thread. Growth and memory are measured in processes of their own: the peak of resident memory over what the
-process held when the features were there.
+Times are CPU times of one thread, which a busy machine disturbs least. Growth and memory are measured in processes of
+their own: the peak of resident memory over what the process held when the features were there.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from torch import Tensor
 from benchmarks.__main__ import PAGE, environment
 from counterpoise.samplers import facility_location, k_center_greedy
 
-SIZES = ((5_000, 500), (10_000, 500), (20_000, 500), (20_000, 125), (20_000, 250))
+GROWTH = {  # (N, picks): one N with several picks, one number of picks with several N
+    "k_center_greedy": ((25_000, 500), (50_000, 500), (100_000, 500), (50_000, 125), (50_000, 250), (50_000, 1_000)),
+    "facility_location": ((10_000, 200), (20_000, 200), (40_000, 200), (20_000, 100), (20_000, 400)),
+}
 LARGE = (200_000, 128, 1_000)
 
 
@@ -68,9 +71,9 @@ def tiles(matrix: Tensor) -> list[tuple[int, Tensor]]:
 
 
 def seconds(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     job()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def k_center_line(rounds: int = 7) -> str:
@@ -94,9 +97,9 @@ def facility_lines() -> list[str]:
     small, large = features(4_000, 64), features(20_000, 64)
     found = facility_location(small, 200)
     ours = seconds(lambda: facility_location(small, 200))
-    start = time.perf_counter()
+    start = time.process_time()
     picks, gains = naive_facility_location(small, 200)
-    theirs = time.perf_counter() - start
+    theirs = time.process_time() - start
     same = sum(a == b for a, b in zip(found.indices.tolist(), picks, strict=True))
     apart = max(abs(a - b) / b for a, b in zip(found.gains.tolist(), gains, strict=True))
     lines = [
@@ -120,9 +123,15 @@ def in_child(method: str, n: int, d: int, budget: int) -> tuple[float, float]:
 def child(method: str, n: int, d: int, budget: int) -> None:
     x = features(n, d)
     select(method, features(300, d), 10)  # libraries warm up
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory("VmRSS")
     took = seconds(lambda: select(method, x, budget))
-    print(took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(took, memory("VmHWM") - before)
+
+
+def memory(line: str) -> float:
+    """MiB that Linux reports of this process: VmRSS now, VmHWM at its peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{line}:\s+(\d+) kB", status)[1]) / 1024  # type: ignore[index]
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -132,11 +141,14 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 
 def growth_line(method: str) -> str:
-    """Exponents of the time in N (at 500 picks) and in the picks (at N = 20,000)."""
-    found = {size: min(in_child(method, size[0], 64, size[1])[0] for _ in range(2)) for size in SIZES}
-    in_n = slope([(n, t) for (n, m), t in found.items() if m == 500])
-    in_m = slope([(m, t) for (n, m), t in found.items() if n == 20_000])
-    return f"| {method} | N^{in_n:.2f} | m^{in_m:.2f} |"
+    """Exponents of the time in N, at one number of picks, and in the picks, at one N."""
+    found = {size: min(in_child(method, size[0], 64, size[1])[0] for _ in range(2)) for size in GROWTH[method]}
+    picks, n = GROWTH[method][0][1], GROWTH[method][1][0]
+    in_n = {size[0]: t for size, t in found.items() if size[1] == picks}
+    in_m = {size[1]: t for size, t in found.items() if size[0] == n}
+    ranges = [f"{min(x):,} to {max(x):,}" for x in (in_n, in_m)]
+    exponents = [slope(list(x.items())) for x in (in_n, in_m)]
+    return f"| {method} | N^{exponents[0]:.2f} ({ranges[0]}) | m^{exponents[1]:.2f} ({ranges[1]}) |"
 
 
 def large_line(method: str) -> str:

@@ -164,8 +164,8 @@ class Adversarial(Recipe):
             return x
         draws = self._draws(x, batch, 1, TRAINING, self.current_epoch)[0] if self.random_start else None
         options = self._attack(x, self.steps, step_size=self.step_size)
-        chosen = {"inner": self.inner, "barrier": self.barrier}
-        return projected_gradient_attack(self.model, x, batch["target"], draws=draws, **options, **chosen)
+        options |= {"inner": self.inner, "barrier": self.barrier}
+        return projected_gradient_attack(self.model, x, batch["target"], draws=draws, **options)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Gathers accuracies under a small attack and without one."""

@@ -157,8 +157,8 @@ class Fair(Recipe):
         self.ratio = RatioNetwork(in_features, ratio_hidden, groups) if weights == "road" else None
         self.val_counts = FairnessCounts(len(self.subgroup_names), groups)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One step of the game, see the top of this file."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of the game, see the top of this file; the predictor's own loss, detached."""
         x, group = self.inputs(batch), self._groups(batch)
         logits = self.model(x)
         task = self.composed(logits, batch)
@@ -182,6 +182,7 @@ class Fair(Recipe):
             scheduler.step()
         self.log_training("loss", task, batch)
         self.log_training("adversary_loss", guess, batch)
+        return task.detach()
 
     def evidence(self, logits: Tensor, target: Tensor) -> Tensor:
         """What the adversary sees of logits (N, 2) and classes (N,): (N, 1), or (N, 2) against equalised odds."""

@@ -44,7 +44,9 @@ def weight_plot(weights: Mapping[str, np.ndarray], *, title: str, key: str) -> s
         for i, (label, values) in enumerate(weights.items()):
             share = np.full(len(values), 1 / max(len(values), 1))
             inside = np.clip(values, edges[0], edges[-1])
-            axes.hist(inside, edges, weights=share, histtype="step", linewidth=1.6, color=_color(i), label=label)
+            axes.hist(
+                inside, edges.tolist(), weights=share, histtype="step", linewidth=1.6, color=_color(i), label=label
+            )
         axes.axvline(1, color=COLORS["muted"], linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

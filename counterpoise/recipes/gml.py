@@ -194,9 +194,7 @@ def _cosine_head(model: nn.Module) -> tuple[str, CosineLinear]:
     """The last cosine layer of a model, and its name."""
     heads = [(name, part) for name, part in model.named_modules() if isinstance(part, CosineLinear)]
     if not heads or not heads[-1][0]:
-        raise ValueError(
-            f'model is a {type(model).__name__} without a cosine head, expected one made with head="cosine"'
-        )
+        raise ValueError(f'model {type(model).__name__} has no cosine head, expected one made with head="cosine"')
     return heads[-1]
 
 

@@ -36,7 +36,7 @@ class LongTailed(Recipe):
         ValueError: parts that do not fit together; said before any training.
     """
 
-    tasks = ("multiclass", "multilabel")
+    tasks: tuple[str, ...] = ("multiclass", "multilabel")
 
     def __init__(
         self,

@@ -44,8 +44,8 @@ def learn_meta_weights(
     loss.reduction = "none"  # type: ignore[assignment]
     net = MetaWeightNet()
     with torch.no_grad():  # starts at weights of one half, whatever the global generator says
-        net.layers[2].weight.zero_()
-        net.layers[2].bias.zero_()
+        for parameter in net.layers[2].parameters():
+            parameter.zero_()
     of_net = torch.optim.Adam(net.parameters(), lr=weight_rate, weight_decay=1e-4)
     of_model = torch.optim.SGD(model.parameters(), lr=step_size, momentum=0.9, weight_decay=2e-4)
     generator = generator_for(seed)

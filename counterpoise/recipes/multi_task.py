@@ -162,8 +162,9 @@ class MultiTask(Recipe):
 
     def evaluate(self, predictions: dict[str, Tensor], data: LabelledData) -> Scores:
         """Each task's metrics on a split, and the score over all of them."""
-        by_kind = ({t.name: predictions[f"{kind}_{t.name}"] for t in self.named} for kind in ("output", "target"))
-        return evaluated(self.named, *by_kind, targets_there(self.named, data.splits.train.targets))
+        outputs = {task.name: predictions[f"output_{task.name}"] for task in self.named}
+        targets = {task.name: predictions[f"target_{task.name}"] for task in self.named}
+        return evaluated(self.named, outputs, targets, targets_there(self.named, data.splits.train.targets))
 
     def _with_own_rate(self, make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Any], torch.optim.Optimizer]:
         """The same optimiser, with the weighting's parameters at their own learning rate."""

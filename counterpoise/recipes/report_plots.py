@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -131,7 +131,7 @@ def paired_bar_plot(names: Sequence[str], values: dict[str, np.ndarray], *, titl
         figure = Figure(_SIZE, layout="constrained")
         axes = figure.subplots()
         for (label, rates), color, shift in zip(values.items(), colors, (-0.2, 0.2), strict=True):
-            edges = {"edgecolor": COLORS["muted"], "linewidth": 0.5}
+            edges: dict[str, Any] = {"edgecolor": COLORS["muted"], "linewidth": 0.5}
             axes.bar(np.arange(len(rates)) + shift, np.nan_to_num(rates), 0.4, color=color, label=label, **edges)
         _percent(axes, title)
         _class_ticks(axes, names)
@@ -246,6 +246,8 @@ def curve_plot(
         axes.set_title(title)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.minorticks_off()
         axes.legend(loc="best")
         axes.set_xlabel("Epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -286,7 +288,7 @@ def histogram_plot(values: dict[str, np.ndarray], *, title: str, key: str, bins:
         return to_svg(figure, key)
 
 
-def coverage_plot(curves: dict[str, tuple[Sequence[int], Sequence[float]]], *, title: str, key: str) -> str:
+def coverage_plot(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, title: str, key: str) -> str:
     """Curves over the number of kept examples (logarithmic); the first in colour, the second dashed."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(_SIZE, layout="constrained")

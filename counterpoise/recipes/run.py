@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -112,9 +113,9 @@ def fit(
             write_config(folder, config)
             write_metrics(folder, metrics)
         try:
-            if hasattr(recipe, "prepare") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                options = {"seed": seed, "world_size": trainer.world_size, **trainer_options}
-                recipe.prepare(data, folder, resume=resume, **options)
+            prepare: Any = getattr(recipe, "prepare", None)
+            if prepare is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                prepare(data, folder, resume=resume, seed=seed, world_size=trainer.world_size, **trainer_options)
             trainer.fit(recipe, datamodule=data, ckpt_path=last if going_on else None, weights_only=True)
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 found = _evaluate(trainer, recipe, data, folder)
@@ -194,8 +195,8 @@ def _cost(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledData, h
 
 
 def _name(recipe: pl.LightningModule) -> str:
-    """LongTailed to long_tailed."""
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in type(recipe).__name__).lstrip("_")
+    """LongTailed to long_tailed, GML to gml."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(recipe).__name__).lower()
 
 
 def load_result(folder: str | Path) -> Result:

@@ -19,7 +19,7 @@ def task_table(run: RunFolder) -> Table:
     rows = [
         [
             Cell(task["name"]),
-            Cell(f"{task['kind']}, {task['size']} {'classes' if task['kind'] == 'classification' else 'dimensions'}"),
+            Cell(_kind(task)),
             Cell(f"{task['train_count']:,}"),
             Cell(f"{task['count']:,}"),
             Cell(format_metric("score", task["score"]), bar=task["score"]),
@@ -29,6 +29,12 @@ def task_table(run: RunFolder) -> Table:
     ]
     caption = "Score: balanced accuracy of a classification, max(R², 0) of a regression; errors are in its own units."
     return Table(["Task", "Kind", "Training targets", "Test targets", "Score", "Metrics"], rows, caption)
+
+
+def _kind(task: dict[str, Any]) -> str:
+    if task["kind"] == "classification":
+        return f"classification, {task['size']} classes"
+    return "regression" if task["size"] == 1 else f"regression, {task['size']} dimensions"
 
 
 def _told(task: dict[str, Any]) -> str:
@@ -50,7 +56,7 @@ def score_figure(run: RunFolder) -> Figure:
     """The score of each task, and their mean."""
     own = _columns(run, "val/score_")
     mean = {"mean": run.history["val/score"]} if "val/score" in run.history else {}
-    svg = curve_plot(_epochs(run), {**mean, **own}, title="Validation score", key="scores", percent=True)
+    svg = curve_plot(_epochs(run), {**own, **mean}, title="Validation score", key="scores", percent=True)
     said = "Score of each task on validation by epoch; the best epoch is that of the best mean."
     return Figure(Markup(svg), f"Learning curves of {len(own)} tasks: {', '.join(own)}. {said}", said)
 
@@ -78,9 +84,10 @@ def _panels(run: RunFolder, task: dict[str, Any]) -> list[tuple[str, np.ndarray,
     name = task["name"]
     true, predicted = (run.predictions[f"{of}_{name}"] for of in ("target", "output"))
     true = true.reshape(predicted.shape)
-    rows = np.flatnonzero(np.isfinite(true).all(1))
+    rows = np.flatnonzero(np.isfinite(true).all(axis=1))
     rows = rows[:: max(1, -(-len(rows) // SHOWN))]
-    titles = [name if true.shape[1] == 1 else f"{name}, {d}" for d in range(min(true.shape[1], 8))]
+    size = int(task["size"])
+    titles = [name if size == 1 else f"{name}, {d}" for d in range(min(size, 8))]
     return [(title, true[rows, d], predicted[rows, d]) for d, title in enumerate(titles) if len(rows)]
 
 

@@ -186,7 +186,8 @@ def pictures(
 def write_selection(file: Path, arrays: dict[str, Any]) -> None:
     """Writes an ``.npz`` in one step; None is left out."""
     aside = file.with_suffix(".part.npz")
-    np.savez_compressed(aside, **{name: np.asarray(values) for name, values in arrays.items() if values is not None})
+    given: dict[str, Any] = {name: np.asarray(values) for name, values in arrays.items() if values is not None}
+    np.savez_compressed(aside, **given)
     os.replace(aside, file)
 
 

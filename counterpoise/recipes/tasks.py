@@ -102,10 +102,11 @@ def tasks_of(given: Mapping[str, Mapping[str, Any]]) -> list[Task]:
         for field in ("kind", "size"):
             if field not in fields:
                 raise ValueError(f"task {name!r} has no {field}, expected kind and size")
-    return [
-        Task(name, **{key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()})
-        for name, fields in given.items()
-    ]
+    made = []
+    for name, fields in given.items():
+        settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
+        made.append(Task(name, **settings))
+    return made
 
 
 def errors_of(tasks: list[Task], weighting: Any, errors: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -30,6 +30,8 @@ MANDATORY = {
     "data/csv": ["data.path=table.csv", "data.label=y"],
     "data/image_folder": ["data.root=images"],
     "data/multi_label_csv": ["data.path=table.csv", "data.labels=y"],
+    "data/multi_task_csv": ["data.path=table.csv", "data.classifications=[y]"],
+    "loss/static_weighting": ["loss.task_weights=[1.0,0.001,100.0]"],
     "sampler/coreset": ["sampler.indices=indices.npy"],
     "sampler/score": ["sampler.scores=scores.npy"],
 }
@@ -37,7 +39,13 @@ NEEDS_OTHERS = {
     "data/digits_canvas": ["recipe=multi_label"],
     "data/digits_scenes": ["recipe=semi_segmentation"],
     "data/multi_label_csv": ["recipe=multi_label"],
+    "data/multi_task_csv": ["recipe=multi_task", "model=mlp"],
+    "data/rotated_digits": ["recipe=multi_task"],
+    **dict.fromkeys(
+        ["loss/equal_weighting", "loss/static_weighting", "loss/uncertainty_weighting"], ["recipe=multi_task"]
+    ),
     "model/small_unet": ["recipe=semi_segmentation"],
+    "loss/gml": ["recipe=gml"],
     "model/torchvision": ["data=image_folder", "data.root=images"],
     "reweighter/broad": ["reweighter.by=target"],
     "reweighter/group_dro": ["reweighter.by=target"],
@@ -53,10 +61,11 @@ NOT_BUILT = {
             "data/coloured_fashion_mnist",
             "data/fashion_canvas",
             "data/fashion_scenes",
+            "data/rotated_fashion_mnist",
         ],
         "needs files that are downloaded",
     ),
-    **dict.fromkeys(["logger/mlflow", "logger/wandb"], "needs an extra of its own"),
+    **dict.fromkeys(["logger/mlflow", "logger/wandb", "recipe/gradient_surgery"], "needs an extra of its own"),
 }
 
 PAPER = "the papers' protocol"
@@ -80,6 +89,8 @@ DIFFERENT = {
     ("data/image_folder", "batch_size"): SMALL,
     ("data/image_folder", "num_workers"): WORKERS,
     ("data/multi_label_csv", "batch_size"): SMALL,
+    ("data/multi_task_csv", "batch_size"): SMALL,
+    ("data/rotated_digits", "batch_size"): SMALL,
     ("logger/csv", "name"): IN_RUN_FOLDER,
     ("logger/mlflow", "experiment_name"): "runs of a recipe belong together",
     ("logger/mlflow", "tracking_uri"): IN_RUN_FOLDER,
@@ -100,6 +111,8 @@ DIFFERENT = {
     ("optimizer/sgd", "momentum"): PAPER,
     ("optimizer/sgd", "weight_decay"): PAPER,
     ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
+    **dict.fromkeys([("recipe/gml", key) for key in ("augment", "contrast_augment", "seed")], "two views that differ"),
+    ("recipe/gml", "shift"): "small images",
     ("scheduler/cosine", "warmup"): "5 % of the steps, so that a first large step cannot diverge",
     ("scheduler/multistep", "factor"): PAPER,
     ("scheduler/multistep", "warmup"): PAPER,

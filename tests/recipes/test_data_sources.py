@@ -73,6 +73,15 @@ def test_fashion_mnist_reads_plain_and_gzipped_files(tmp_path: Path, folder: str
     assert splits.train[0]["input"].mean() == pytest.approx((1 - 0.2860) / 0.3530)
 
 
+def test_a_part_of_fashion_mnists_test_split(tmp_path: Path) -> None:
+    write_fashion(tmp_path / "raw", ".gz")
+    options: dict[str, Any] = {"root": str(tmp_path / "raw"), "imbalance_factor": None, "n_max": None}
+    splits = fashion_mnist_lt(**options, val_per_class=10, test_per_class=2).splits
+    assert splits.test.class_counts == [2] * 10
+    with pytest.raises(ValueError, match="has 3 examples, expected more than 3"):
+        fashion_mnist_lt(**options, val_per_class=10, test_per_class=3)
+
+
 def test_fashion_mnist_says_how_to_get_the_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"apt-get install dataset-fashion-mnist.*download=true.*data\.root="):
         fashion_mnist_lt(root=str(tmp_path))

@@ -126,19 +126,17 @@ def coloured_splits(
     held, rest = balanced_split(labels, 2 * val_per_group, seed)
     generator = torch.Generator().manual_seed(seed)
     of_train = _own_colour(labels[rest], correlation, generator)
-    parts = [
-        _coloured(images[rest], labels[rest], of_train),
-        _coloured(images[held], labels[held], _half_and_half(labels[held])),
-        _coloured(test[0], test[1], _half_and_half(test[1])),
-    ]
-    group_counts = parts[0].groups.bincount(minlength=4).tolist()  # type: ignore[union-attr]
+    kept = _coloured(images[rest], labels[rest], of_train)
+    group_counts = kept.groups.bincount(minlength=4).tolist()  # type: ignore[union-attr]
     empty = [i for i, n in enumerate(group_counts) if n == 0]
     names = [f"{name}, {colour}" for name in class_names for colour in COLOURS]
     return Splits(
-        *parts,
+        kept,
+        _coloured(images[held], labels[held], _half_and_half(labels[held])),
+        _coloured(test[0], test[1], _half_and_half(test[1])),
         class_names=class_names,
-        class_counts=parts[0].class_counts,
-        input_shape=tuple(parts[0][0]["input"].shape),
+        class_counts=kept.class_counts,
+        input_shape=tuple(kept[0]["input"].shape),
         group_counts=group_counts,
         notes=[f"Training has no example of group {i} ({names[i]})." for i in empty],
         facts={"group_names": names},

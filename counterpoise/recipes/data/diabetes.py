@@ -53,13 +53,14 @@ def diabetes(
     held, left = stratified_split((2 * targets + groups)[rest], val_fraction, seed)
     train, val = rest[left], rest[held]
     rows.standardize(train)
-    parts = [pool.subset(chosen) for chosen in (train, val, test)]
     edges = values[train, age].quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
     place = kept.index(age)
     splits = Splits(
-        *parts,
+        pool.subset(train),
+        pool.subset(val),
+        pool.subset(test),
         class_names=["slow", "fast"],
-        class_counts=parts[0].class_counts,
+        class_counts=pool.subset(train).class_counts,
         input_shape=(len(kept),),
         group_counts=groups[train].bincount(minlength=2).tolist(),
         facts={

@@ -78,7 +78,8 @@ def multi_task_csv(
         for part in parts[1:]:
             part.mean, part.std = parts[0].mean, parts[0].std
     notes = [f"Columns left out because they hold no numbers: {', '.join(left_out)}."] if left_out else []
-    splits = splits_of_tasks(*parts, tasks=tasks, notes=notes)
+    train, val, test = parts
+    splits = splits_of_tasks(train, val, test, tasks=tasks, notes=notes)
     return data_module(splits, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
 

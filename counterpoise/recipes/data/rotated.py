@@ -131,11 +131,11 @@ def rotated_splits(
     held, rest = balanced_split(labels, val_per_class, seed)
     parts = []
     items = ((images[rest], labels[rest]), (images[held], labels[held]), test)
-    for k, (x, y) in enumerate(items):
+    for k, (x, labels) in enumerate(items):
         angles = (2 * uniform_by_index(torch.arange(len(x)), 1, seed, k)[:, 0] - 1) * largest_angle
         turned = torch.cat([rotated(a, b) for a, b in zip(x.split(AT_ONCE), angles.split(AT_ONCE), strict=True)])
         ink = turned.float().mean((1, 2, 3)) / 255
-        targets = {"class": y, "angle": (scale * angles).float(), "ink": ink}
+        targets = {"class": labels, "angle": (scale * angles).float(), "ink": ink}
         some = without_some(targets, missing if k == 0 else 0, mix_seeds(seed, 1))
         parts.append(InMemory(turned, some, mean=mean, std=std))
     tasks = {
@@ -143,7 +143,8 @@ def rotated_splits(
         "angle": {"kind": "regression", "size": 1},
         "ink": {"kind": "regression", "size": 1},
     }
-    return splits_of_tasks(*parts, tasks=tasks)
+    of_train, of_val, of_test = parts
+    return splits_of_tasks(of_train, of_val, of_test, tasks)
 
 
 def rotated(images: Tensor, degrees: Tensor) -> Tensor:
