@@ -177,8 +177,9 @@ class GML(LongTailed):
             follow(self.key_model, self.model, self.momentum)
             follow(self.key_projection, self.projection, self.momentum)
         features, mask = self.key_model(x), batch.get("mask")
-        rows = [z if mask is None else z[mask] for z in (features, batch["target"], batch["index"])]
-        self.queue.enqueue(*map(gather_rows, rows))
+        rows = [gather_rows(z if mask is None else z[mask]) for z in (features, batch["target"], batch["index"])]
+        order = rows[2].argsort(stable=True)  # the same queue however the batch is divided among ranks
+        self.queue.enqueue(*(z[order] for z in rows))
         return self.key_projection(self.queue.features.to(next(self.key_projection.parameters()).dtype))
 
 

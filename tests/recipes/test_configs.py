@@ -41,9 +41,9 @@ NEEDS_OTHERS = {
     "data/multi_label_csv": ["recipe=multi_label"],
     "data/multi_task_csv": ["recipe=multi_task", "model=mlp"],
     "data/rotated_digits": ["recipe=multi_task"],
-    **dict.fromkeys(
-        ["loss/equal_weighting", "loss/static_weighting", "loss/uncertainty_weighting"], ["recipe=multi_task"]
-    ),
+    "loss/equal_weighting": ["recipe=multi_task"],
+    "loss/static_weighting": ["recipe=multi_task"],
+    "loss/uncertainty_weighting": ["recipe=multi_task"],
     "model/small_unet": ["recipe=semi_segmentation"],
     "loss/gml": ["recipe=gml"],
     "model/torchvision": ["data=image_folder", "data.root=images"],

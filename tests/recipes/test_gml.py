@@ -22,6 +22,7 @@ from counterpoise.recipes.data import LabelledData, digits_lt
 from counterpoise.recipes.errors import ConfigError
 from counterpoise.recipes.module import parameter_groups
 from counterpoise.samplers import CVaR
+from tests.recipes.launching import launch_process
 
 QUIET: dict[str, Any] = {"enable_progress_bar": False, "accelerator": "cpu"}
 COUNTS = [60, 30, 10]
@@ -128,6 +129,35 @@ def test_the_queue_holds_the_newest_features_of_each_class_in_its_own_slots() ->
         of_class = [i for i in held if label_of[i] == c]
         assert len(of_class) == slots
         assert set(of_class) == set(newest)
+
+
+def test_the_queue_does_not_depend_on_the_order_of_a_batch() -> None:
+    """So it does not depend on how the batch is divided among ranks either."""
+    shuffled = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    one, other = made(queue_size=6), made(queue_size=6)
+    for step in range(2):
+        given = batch(start=8 * step, seed=step)
+        one.training_step(given, 0)
+        other.training_step({name: x[shuffled] for name, x in given.items()}, 0)
+    assert torch.equal(one.queue.index, other.queue.index)
+    torch.testing.assert_close(one.queue.features, other.queue.features)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
+    common = ("recipe=gml", "model=mlp", "optimizer.lr=0.05", "recipe.queue_size=256", "trainer.max_epochs=2")
+    common += ("sampler=class_balanced", "sampler.num_samples=384", "trainer.accelerator=cpu")
+    states = []
+    for name, options in (("one", ("data.batch_size=64",)), ("two", ("data.batch_size=32", "trainer=ddp"))):
+        (tmp_path / name).mkdir()
+        done = launch_process(tmp_path / name, *common, *options, "trainer.enable_progress_bar=false")
+        assert done.code == 0, done.err
+        states.append(torch.load(done.runs[0] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    expected, state = states
+    kept = [name for name in expected if not name.startswith("val_")]
+    assert torch.equal(state["queue.index"], expected["queue.index"])
+    for name in kept:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_masked_row_is_not_queued() -> None:
