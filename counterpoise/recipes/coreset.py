@@ -196,10 +196,7 @@ class Coreset(LongTailed):
             mass = torch.zeros(self.num_classes, dtype=torch.float64)
             mass.index_add_(0, data.train_targets[sampler.indices], sampler.weights)
             sampler.class_probabilities = mass / mass.sum()  # what a prior-based loss has to know
-            data.train_sampler = sampler
-            weight = torch.zeros(len(data.splits.train))
-            weight[sampler.indices] = sampler.weights.float()
-            self.example_weight = weight if self.weighted else None
+            data.train_sampler = sampler  # whose weights, if any, the base multiplies the losses by
         of_all = found.get("example_weights")
         self._found = {
             "method": self.method,

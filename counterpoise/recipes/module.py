@@ -7,6 +7,7 @@ where it trains on something else than the loss of the logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.models import BatchAugment
-from counterpoise.samplers import reweighted_loss
+from counterpoise.samplers import CoresetSampler, reweighted_loss
 
 Batch = dict[str, Any]
 
@@ -124,12 +125,13 @@ class Recipe(pl.LightningModule):
         )
 
     def weight_of(self, batch: Batch) -> Tensor | None:
-        """(N,) the batch's own weights times those of its examples; None without either."""
-        weight = batch.get("weight")
-        if self.example_weight is None:
-            return weight
-        of_examples = self.example_weight[batch["index"]]
-        return of_examples if weight is None else weight * of_examples
+        """(N,) the batch's own weights times those of its examples and of a weighted coreset; None without any."""
+        index, sampler = batch["index"], self._sampler() if self._trainer is not None else None
+        given = [batch.get("weight"), None if self.example_weight is None else self.example_weight[index]]
+        if isinstance(sampler, CoresetSampler) and sampler.weighted:
+            given.append(sampler.weight_of(index).to(index.device))
+        weights = [w for w in given if w is not None]
+        return math.prod(weights[1:], start=weights[0]) if weights else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The composed loss of a batch."""

@@ -130,6 +130,7 @@ class CoresetSampler(EpochSampler):
                     f"weights has shape {tuple(given.shape)}, expected ({len(self.indices)},) numbers >= 0, some > 0"
                 )
             self.weights = given / given.mean()
+        self.weighted = bool((self.weights != 1).any())
         self._by_index, self._order = self.indices.sort()
 
     def draw(self, generator: torch.Generator) -> Tensor:

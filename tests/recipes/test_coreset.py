@@ -60,6 +60,24 @@ def test_everything_kept_is_plain_training(tmp_path: Path) -> None:
     assert isinstance(made, LongTailed)
 
 
+def test_the_weights_of_a_selection_multiply_the_losses(tmp_path: Path) -> None:
+    made = recipe(method="k_center", fraction=0.2, weighted=True)
+    seen: dict[int, float] = {}
+    weigh = made.weight_of
+
+    def watched(batch: Any) -> Any:
+        weight = weigh(batch)
+        seen.update(zip(batch["index"].tolist(), weight.tolist(), strict=True))
+        return weight
+
+    made.weight_of = watched  # type: ignore[method-assign]
+    fit(made, data(), folder=tmp_path / "run", max_epochs=1, **QUIET)
+    found = read_selection(tmp_path / "run" / "selection.npz")
+    expected = found["weights"] / found["weights"].mean()
+    assert [seen[i] for i in found["indices"].tolist()] == pytest.approx(expected.tolist(), rel=1e-6)
+    assert len(set(seen.values())) > 3
+
+
 def test_a_prior_based_loss_is_told_what_is_kept(tmp_path: Path) -> None:
     made = recipe(LogitAdjustedLoss(data().class_counts), method="random", fraction=0.3, balanced=False)
     result = fit(made, data(), folder=tmp_path / "run", max_epochs=1, **QUIET)
