@@ -120,6 +120,7 @@ def bar_plot(names: Sequence[str], values: np.ndarray, *, title: str, marked: in
             shown = ["n/a" if math.isnan(v) else f"{100 * v:.1f}%" for v in values]
             axes.bar_label(bars, shown, fontsize=8, padding=1.5)
         _percent(axes, title)
+        axes.set_ylim(0, 1.08)  # room for the label of a full bar
         _class_ticks(axes, names)
         return to_svg(figure, title.split()[0].lower() + "-bars")
 
@@ -296,6 +297,7 @@ def coverage_plot(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *
         for (name, (x, y)), style in zip(curves.items(), ("-", "--"), strict=True):
             axes.plot(x, y, style, color=COLORS["accent" if style == "-" else "muted"], label=name)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylim(bottom=0)
         axes.set_title(title)
         axes.set_xlabel("Kept examples")

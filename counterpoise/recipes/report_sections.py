@@ -136,7 +136,9 @@ def render_section(section: Section, run: RunFolder) -> dict[str, Any]:
         except Exception as error:  # a report of a broken run must still come out
             blocks.append(Missing(name, f"{type(error).__name__}: {error}"))
     blocks.sort(key=lambda block: isinstance(block, Missing))
-    return {"title": section.title, "key": section.title.lower().replace(" ", "-"), "blocks": blocks}
+    key = section.title.lower().replace(" ", "-")
+    has_figures = any(isinstance(block, Figure) for block in blocks)
+    return {"title": section.title, "key": key, "blocks": blocks, "has_figures": has_figures}
 
 
 def format_metric(name: str, value: Any) -> str:
