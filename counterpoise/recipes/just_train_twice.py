@@ -3,7 +3,8 @@ r"""Just train twice: train, see which training examples are wrong, and train ag
 .. math:: E = \{i : \arg\max_c f_c(x_i) \neq y_i\}, \qquad w_i = \lambda^{[i \in E]}
 
 The first model has to be stopped early: one that fits everything has no errors left. Needs no groups in training; the
-two settings are chosen by the worst group of validation, which does.
+two settings are chosen by the worst group of validation, which does. The weights are brought to a mean of one over the
+training set, as copies of the errors would have it, so that the learning rate keeps its meaning.
 
 Source: Liu et al., Just Train Twice: Improving Group Robustness without Training Group Information, 2021, algorithm 1.
 The released code adds lambda copies of an error, so that it counts 1 + lambda times; here the weight is what is given.
@@ -94,7 +95,7 @@ class JustTrainTwice(pl.Callback):
     def _weigh(self, pl_module: Any) -> None:
         if self.wrong is not None:
             weights = just_train_twice_weights(self.wrong, self.up_weight)
-            pl_module.example_weight = weights.to(pl_module.device, torch.float32)
+            pl_module.example_weight = (weights / weights.mean()).to(pl_module.device, torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """Initial weights and errors."""
