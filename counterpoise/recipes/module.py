@@ -1,44 +1,25 @@
 """What every recipe shares: a model, a loss and optionally a reweighter composed as the design says, and an optimiser.
 
-A recipe of its own says which data it takes (``targets``), what it watches (``monitor``), what its report shows
-(``sections``), and writes ``validation_step``, ``predict_step`` and ``evaluate``; and ``losses`` or ``training_step``
-where it trains on something else than the loss of the logits.
+A recipe of its own says which data it takes (``targets``), what it watches (``monitor``) and what its report shows
+(``sections``). It writes ``validation_step``, ``predict_step`` and ``evaluate(predictions, data)``, which gives what
+``recipes.evaluation.Scores`` holds; and ``losses`` or ``training_step`` where it trains on something else than the loss
+of the logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.models import BatchAugment
 from counterpoise.samplers import CoresetSampler, reweighted_loss
 
 Batch = dict[str, Any]
-
-
-class Findings(Protocol):
-    """What ``evaluate`` gives: scalars for tables, details for the report and metrics.json, sentences for readers."""
-
-    @property
-    def scalars(self) -> dict[str, float | None]:
-        """By name; None where undefined."""
-        ...
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader must know."""
-        ...
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """Further entries of metrics.json: plain JSON types."""
-        ...
 
 
 class Recipe(pl.LightningModule):
@@ -163,10 +144,6 @@ class Recipe(pl.LightningModule):
         prior = getattr(self._sampler(), "class_probabilities", None)
         if prior is not None and uses_prior(self.loss):
             self.loss.statistics.set_prior(prior)  # type: ignore[union-attr, operator]
-
-    def evaluate(self, predictions: dict[str, Tensor], data: LabelledData) -> Findings:
-        """Metrics of what ``predict_step`` gave for a split."""
-        raise NotImplementedError(f"{type(self).__name__} has no evaluate(predictions, data)")
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the parameters of model, loss and reweighter, and the scheduler stepped every step."""

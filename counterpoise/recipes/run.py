@@ -82,8 +82,11 @@ def fit(
         the Result; on failure everything written so far stays, marked as failed.
 
     Raises:
+        TypeError: a recipe without ``evaluate``; said before training.
         ConfigError: the folder cannot be written, or its checkpoint not be read, or the Trainer refuses its options.
     """
+    if not callable(getattr(recipe, "evaluate", None)):
+        raise TypeError(f"recipe {type(recipe).__name__} has no evaluate(predictions, data), which makes the metrics")
     folder = Path(folder).absolute()
     config = dict(config or {"recipe": {"name": _name(recipe)}, "seed": seed, "trainer": {"max_epochs": max_epochs}})
     open_folder(folder)

@@ -95,8 +95,7 @@ def choose(
     if method == "random" or method in SCORES:
         rank = torch.rand(len(pool), generator=generator_for(seed), dtype=torch.float64) if scores is None else scores
         return Chosen(_best(rank if keep == "hardest" else -rank, budget, within), scores)
-    if method == "coverage":
-        assert scores is not None
+    if scores is not None:  # coverage: what ranks by scores alone is done
         selection = coverage_centric(scores, budget, seed=seed)
     elif method == "herding":
         selection = herding(features, budget, targets=within)

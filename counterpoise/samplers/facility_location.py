@@ -105,12 +105,11 @@ def facility_location(
 
 def _one_of(features: Tensor | None, similarity: Tensor | None) -> Tensor:
     """The one that is given, checked."""
-    if (features is None) == (similarity is None):
-        raise ValueError("facility_location takes either features or similarity, expected exactly one of them")
-    if features is not None:
+    if features is not None and similarity is None:
         check_features(features)
         return features
-    assert similarity is not None
+    if similarity is None or features is not None:
+        raise ValueError("facility_location takes either features or similarity, expected exactly one of them")
     check_features(similarity, "similarity")
     if similarity.shape[0] != similarity.shape[1] or bool((similarity < 0).any()):
         raise ValueError(f"similarity has shape {tuple(similarity.shape)}, expected (N, N) with entries >= 0")

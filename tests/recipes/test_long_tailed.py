@@ -274,3 +274,9 @@ def test_deferred_reweighting_and_a_reweighter_by_class_are_refused(digits: Labe
     made = recipe(CrossEntropyLoss(), reweighter=dro)
     with pytest.raises(ValueError, match="class weights in both"):
         fit(made, digits, folder=tmp_path, max_epochs=1, callbacks=[drw], **QUIET)
+
+
+def test_a_recipe_without_metrics_is_refused_before_training(digits: LabelledData, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"LightningModule has no evaluate"):
+        fit(pl.LightningModule(), digits, folder=tmp_path / "run", **QUIET)
+    assert not (tmp_path / "run").exists()
