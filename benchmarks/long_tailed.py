@@ -19,6 +19,7 @@ METHODS = {  # name in the run folder: what the table says, what is overridden
     "balanced_softmax": ("balanced softmax", ["loss=balanced_softmax"]),
     "logit_adjusted": ("logit adjustment (tau = 1)", ["loss=logit_adjusted"]),
     "vector_scaling": ("vector scaling (gamma = 0.3, tau = 1)", ["loss=vector_scaling"]),
+    "gml": ("Gaussian-mixture likelihood (GML)", ["recipe=gml"]),
 }
 BASELINE = "cross_entropy"
 ORDERS = (0, 1)
