@@ -183,7 +183,9 @@ def main() -> None:
     """Prints the tables, and writes them where asked to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
-    parser.add_argument("--large", action="store_true", help="all naive picks at 20,000, and all of 200,000 examples: an hour")
+    parser.add_argument(
+        "--large", action="store_true", help="all naive picks at 20,000, and all of 200,000 examples: an hour"
+    )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
