@@ -1,0 +1,62 @@
+"""``python docs/pictures.py``: the pictures of the method pages, drawn with the library's own functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from counterpoise.losses import asymmetric_loss, sigmoid_focal_loss
+
+IMAGES = Path(__file__).parent / "images"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "counterpoise",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def save(name: str, draw: object, panels: int = 1) -> None:
+    """``draw(*axes)`` into images/<name>.svg."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((4.2 * panels, 2.8), layout="constrained")
+        draw(*np.atleast_1d(figure.subplots(1, panels)))  # type: ignore[operator]
+        figure.savefig(IMAGES / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def focal(axes: Axes) -> None:
+    p = torch.linspace(0.01, 0.999, 200)
+    z, t = torch.logit(p)[:, None], torch.ones(200, 1)
+    for gamma, style in ((0.0, ":"), (0.5, "-."), (2.0, "-"), (5.0, "--")):
+        axes.plot(p, sigmoid_focal_loss(z, t, gamma=gamma, reduction="none"), style, label=f"gamma = {gamma:g}")
+    axes.set_xlabel("probability of the true label")
+    axes.set_ylabel("loss")
+    axes.set_ylim(0, 4)
+    axes.legend()
+
+
+def asymmetric(axes: Axes) -> None:
+    p = torch.linspace(0.001, 0.99, 200)
+    for label, gamma, clip, style in (
+        ("cross-entropy", 0.0, 0.0, ":"),
+        ("focal, gamma = 4", 4.0, 0.0, "-."),
+        ("asymmetric: gamma- = 4, margin 0.05", 4.0, 0.05, "-"),
+    ):
+        z = torch.logit(p)[:, None].requires_grad_()
+        loss = asymmetric_loss(z, torch.zeros(200, 1), gamma_neg=gamma, margin=clip, reduction="sum")
+        axes.plot(p, torch.autograd.grad(loss, z)[0][:, 0], style, label=label)
+    axes.set_xlabel("probability of an absent label")
+    axes.set_ylabel("gradient of its logit")
+    axes.legend()
+
+
+if __name__ == "__main__":
+    save("focal", focal)
+    save("asymmetric", asymmetric)
