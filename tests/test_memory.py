@@ -1,4 +1,4 @@
-"""The memory bank: where keys go, what it refuses to write, and how it survives a restart."""
+"""Banks: where keys go, what they refuse to write, and how they survive a restart."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from counterpoise._core import second_pass
-from counterpoise.memory import MemoryBank
+from counterpoise.memory import IndexBank, MemoryBank
 
 
 def angles(*degrees: float) -> Tensor:
@@ -146,7 +146,7 @@ def test_keys_are_stored_in_the_type_of_the_bank_and_without_a_graph() -> None:
 # What is not written
 
 
-def state(bank: MemoryBank) -> dict[str, Tensor]:
+def state(bank: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in bank.state_dict().items()}
 
 
@@ -245,3 +245,122 @@ def test_what_does_not_fit_is_refused(call: Callable[[], object], message: str) 
 def test_what_does_not_fit_is_refused_in_eval_mode_too() -> None:
     with pytest.raises(ValueError, match=r"keys has shape"):
         bank_of(3).eval().enqueue(torch.zeros(4, 5))
+
+
+# A slot for each example
+
+
+def index_bank_of(size: int, **options: Any) -> IndexBank:
+    return IndexBank(size, 2, dtype=torch.float64, **options)
+
+
+def slots(bank: IndexBank) -> list[float | None]:
+    """The angle in each slot, None where nothing is."""
+    stored = torch.rad2deg(torch.atan2(bank.keys[:, 1], bank.keys[:, 0])).round().tolist()
+    return [angle if filled else None for angle, filled in zip(stored, bank.filled.tolist(), strict=True)]
+
+
+def test_an_index_bank_writes_to_the_slot_of_the_example() -> None:
+    bank = index_bank_of(4)
+    assert slots(bank) == [None] * 4
+    bank.write(torch.tensor([2, 0]), angles(10, 20))
+    assert slots(bank) == [20, None, 10, None]
+    bank.write(torch.tensor([2]), angles(30))
+    assert slots(bank) == [20, None, 30, None]
+
+
+def test_an_index_bank_reads_copies_and_zeros_where_nothing_is() -> None:
+    bank = index_bank_of(4)
+    bank.write(torch.tensor([2, 0]), angles(10, 20))
+    rows = bank.read(torch.tensor([0, 1, 2, 2]))
+    assert_close(rows, torch.cat([angles(20), torch.zeros(1, 2), angles(10, 10)]))
+    rows.zero_()
+    assert slots(bank) == [20, None, 10, None]
+
+
+@pytest.mark.parametrize("index", [[3, 1, 3, 3, 1], [0, 0, 0, 0, 0]])
+def test_of_a_repeated_index_the_last_row_counts(index: list[int]) -> None:
+    at_once, singly, rows = index_bank_of(4), index_bank_of(4), angles(10, 20, 30, 40, 50)
+    at_once.write(torch.tensor(index), rows)
+    for i, row in zip(index, rows, strict=True):
+        singly.write(torch.tensor([i]), row[None])
+    assert slots(at_once) == slots(singly)
+
+
+def test_with_momentum_a_slot_follows_on_the_sphere() -> None:
+    bank = index_bank_of(2, momentum=0.5)
+    bank.write(torch.tensor([0]), 7 * angles(10))
+    assert slots(bank) == [10, None]
+    bank.write(torch.tensor([0, 1]), angles(50, 80))
+    assert slots(bank) == [30, 80]
+    assert_close(bank.keys.norm(dim=1), torch.ones(2, dtype=torch.float64))
+
+
+def test_with_momentum_one_a_slot_keeps_what_it_got_first() -> None:
+    bank = index_bank_of(2, momentum=1.0)
+    bank.write(torch.tensor([0]), angles(10))
+    bank.write(torch.tensor([0]), angles(50))
+    assert slots(bank) == [10, None]
+
+
+def test_a_random_start_of_an_index_bank_is_full_and_reproduced_by_its_generator() -> None:
+    first, second = (IndexBank(5, 8, init="random", generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first.filled.all()
+    assert torch.equal(first.keys, second.keys)
+    assert_close(first.keys.norm(dim=1), torch.ones(5))
+
+
+def test_an_index_bank_is_not_written_in_eval_in_a_second_pass_or_with_rows_not_finite() -> None:
+    bank = index_bank_of(3)
+    bank.write(torch.tensor([1]), angles(10))
+    before, rows = state(bank), angles(20, 30)
+    bank.eval().write(torch.tensor([0, 1]), rows)
+    with second_pass():
+        bank.train().write(torch.tensor([0, 1]), rows)
+    for value in (torch.nan, torch.inf):
+        rows[1, 0] = value
+        bank.write(torch.tensor([0, 1]), rows)
+    assert same(state(bank), before)
+
+
+def test_a_loaded_index_bank_goes_on_where_the_saved_one_was() -> None:
+    saved, loaded = index_bank_of(3, momentum=0.5), index_bank_of(3, momentum=0.5)
+    saved.write(torch.tensor([1, 2]), angles(10, 20))
+    loaded.load_state_dict(saved.state_dict())
+    for bank in (saved, loaded):
+        bank.write(torch.tensor([1, 0]), angles(50, 30))
+    assert same(state(loaded), state(saved))
+    assert slots(loaded) == [30, 30, 20]
+
+
+def test_casting_a_model_leaves_an_index_bank_its_precision() -> None:
+    bank = index_bank_of(2)
+    bank.write(torch.tensor([0]), angles(10))
+    assert_close(bank.half().keys[:1], angles(10))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda b: b.write(torch.tensor([3]), angles(1)), ValueError, r"index holds 3, expected indices .* \[0, 2\]"),
+        (lambda b: b.write(torch.tensor([-1]), angles(1)), ValueError, r"index holds -1, expected indices"),
+        (lambda b: b.read(torch.tensor([3])), ValueError, r"index holds 3, expected indices of examples"),
+        (lambda b: b.read(torch.tensor([0.5])), TypeError, r"index has dtype torch.float32, expected an integer"),
+        (lambda b: b.read(3), TypeError, r"index is a int, expected a tensor of shape \(N,\)"),
+        (lambda b: b.read(torch.tensor([[0]])), ValueError, r"index has shape \(1, 1\), expected \(N,\)"),
+        (lambda b: b.write(torch.tensor([0, 1]), angles(1)), ValueError, r"index has shape \(2,\), expected \(1,\)"),
+        (
+            lambda b: b.write(torch.tensor([0]), torch.zeros(1, 3)),
+            ValueError,
+            r"rows has shape \(1, 3\), expected \(N, 2",
+        ),
+        (lambda b: IndexBank(0, 2), ValueError, r"num_examples is 0, expected a number"),
+        (lambda b: IndexBank(3, 2, momentum=1.5), ValueError, r"momentum is 1.5, expected a number in \[0, 1\]"),
+        (lambda b: IndexBank(3, 2, init="zeros"), ValueError, r"init is 'zeros', expected one of"),
+    ],
+)
+def test_what_does_not_fit_an_index_bank_is_refused(
+    call: Callable[[IndexBank], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(index_bank_of(3).eval())

@@ -23,17 +23,24 @@ class Rows(NamedTuple):
     """(V*N,) bool"""
     weight: Tensor | None
     """(V*N,)"""
+    itself: Tensor
+    """(V*N,) the row's index among the rows of all ranks, as :func:`all_ranks` orders them"""
+
+
+def list_views(z: Tensor, other: Tensor | None) -> tuple[Tensor, ...]:
+    """The views (N, d) of :func:`stack_views`, which are not copied."""
+    if z.ndim == 3 and other is None:
+        return z.unbind(0)
+    check_embeddings("z", z)
+    if other is None:
+        return (z,)
+    check_embeddings("other", other, like=z)
+    return z, other
 
 
 def stack_views(z: Tensor, other: Tensor | None) -> Tensor:
     """(V, N, d) from one view (N, d), two, or several; raises ValueError for shapes that do not fit."""
-    if z.ndim == 3 and other is None:
-        return z
-    check_embeddings("z", z)
-    if other is None:
-        return z[None]
-    check_embeddings("other", other, like=z)
-    return torch.stack([z, other])
+    return z if z.ndim == 3 and other is None else torch.stack(list_views(z, other))
 
 
 def as_rows(
@@ -56,6 +63,7 @@ def as_rows(
         z = unit(z, dim=-1)
     offset = sum(rows_per_rank(views[0])[: rank()]) if sync else 0
     example = torch.arange(n, device=z.device) + offset
+    itself = torch.arange(v * n, device=z.device) + offset * v
     row = (example[None, :] * v + torch.arange(v, device=z.device)[:, None]).flatten()
     label = (example if labels is None else labels.long()).repeat(v)
     return Rows(
@@ -63,7 +71,14 @@ def as_rows(
         torch.stack([row, label], dim=1),
         None if mask is None else mask.repeat(v),
         None if weight is None else weight.repeat(v),
+        itself,
     )
+
+
+def other_views(itself: Tensor, v: int) -> Tensor:
+    """(V*N, V-1) indices of the same example's other views, from those of the rows (V*N,)."""
+    of_view = itself.reshape(v, -1)
+    return torch.stack([torch.cat([of_view[:u], of_view[u + 1 :]]) for u in range(v)]).transpose(1, 2).flatten(0, 1)
 
 
 def all_ranks(rows: Rows, *, sync: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ with target distributions is the common one behind NT-Xent, SupCon and soft vari
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ def same_label(query_ids: Tensor, key_ids: Tensor) -> Tensor:
     return (query_ids[:, None, 1] == key_ids[None, :, 1]) & known & not_self(query_ids, key_ids)
 
 
+def same_class(query_ids: Tensor, key_ids: Tensor) -> Tensor:
+    """Positive rule across two modalities: the same label, and the row's own counterpart."""
+    known = key_ids[None, :, 1] >= 0
+    return ((query_ids[:, None, 1] == key_ids[None, :, 1]) & known) | ~not_self(query_ids, key_ids)
+
+
 def positive_or_bank(query_ids: Tensor, key_ids: Tensor) -> Tensor:
     """Candidate rule of a memory bank: the query's positives and the bank's keys (row -1), not the other rows."""
     return same_label(query_ids, key_ids) | (key_ids[None, :, 0] < 0)
@@ -60,8 +66,9 @@ def info_nce(
     *,
     query_ids: Tensor,
     key_ids: Tensor,
-    positive: Rule = same_label,
-    candidate: Rule = not_self,
+    positive: Rule | Tensor = same_label,
+    candidate: Rule | None = not_self,
+    itself: Tensor | None = None,
     key_log_weight: Tensor | None = None,
     extra_logits: Tensor | None = None,
     temperature: float | Tensor = 0.1,
@@ -73,8 +80,10 @@ def info_nce(
     Args:
         queries: (N, d); keys: (M, d). float16 and bfloat16 are computed in float32.
         query_ids: (N, 2), key_ids: (M, 2) int64, see :data:`Rule`.
-        positive: (n, M) bool or probabilities >= 0, normalised over the keys here.
-        candidate: (n, M) bool: what the log-sum-exp runs over.
+        positive: (n, M) bool or probabilities >= 0, normalised over the keys here; or no rule but the positives
+            themselves, (N, P) int64 indices of keys, which costs no (n, M) mask.
+        candidate: (n, M) bool: what the log-sum-exp runs over; None = every key.
+        itself: (N,) int64, the key that is the row itself and so no candidate: ``not_self`` without a mask.
         key_log_weight: (M,), added to a key's logits in the log-sum-exp; -inf takes the key out, also as a positive.
         extra_logits: (N, K) further candidates that are never positive, already divided by the temperature.
         temperature: divisor > 0, a number, 0-d or (N,).
@@ -82,12 +91,13 @@ def info_nce(
         tile_elements: at most this many similarities are held at a time.
 
     Returns:
-        loss (0 for a row without positives), log-sum-exp, log-probability of the positives (their mean), and which
-        rows have a positive.
+        loss (0 for a row without positives), log-sum-exp (-inf without a candidate), log-probability of the positives
+        (their mean; 0 without any), and which rows have a positive.
     """
     q, k = at_least_float32(queries), at_least_float32(keys)
     tau = temperature.to(q.dtype) if isinstance(temperature, Tensor) else temperature
     q = q / (tau[:, None] if isinstance(tau, Tensor) and tau.ndim else tau)
+    weights = None if key_log_weight is None else key_log_weight.to(q.dtype)
     rows = max(1, tile_elements // max(len(k), 1))
     whole = len(q) <= rows
     parts = []
@@ -98,10 +108,11 @@ def info_nce(
             k,
             query_ids[tile],
             key_ids,
-            positive,
+            positive[tile] if isinstance(positive, Tensor) else positive,
             candidate,
-            key_log_weight,
-            None if extra_logits is None else extra_logits[tile],
+            None if itself is None else itself[tile],
+            weights,
+            None if extra_logits is None else extra_logits[tile].to(q.dtype),
         )
         parts.append(_tile(*arguments) if whole else checkpoint(_tile, *arguments, use_reentrant=False))
     lse, log_prob, valid = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -114,23 +125,112 @@ def _tile(
     k: Tensor,
     query_ids: Tensor,
     key_ids: Tensor,
-    positive: Rule,
-    candidate: Rule,
-    key_log_weight: Tensor | None,
+    positive: Rule | Tensor,
+    candidate: Rule | None,
+    itself: Tensor | None,
+    weights: Tensor | None,
     extra_logits: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp, mean log-probability of the positives and validity of a tile of rows, each (n,)."""
+    if isinstance(positive, Tensor):
+        index, t = positive, torch.ones_like(positive, dtype=torch.bool)
+    else:
+        index, t = None, positive(query_ids, key_ids)
+    t = t if t.dtype == torch.bool else t.to(q.dtype)
+    if weights is not None:
+        alive = weights != -torch.inf if index is None else (weights != -torch.inf)[index]
+        t = t & alive if t.dtype == torch.bool else torch.where(alive, t, 0)
+    candidates = None if candidate is None else candidate(query_ids, key_ids)
+    lse, similarity = _sums(q, k, t, index, candidates, itself, weights, extra_logits)
+    mass = t.sum(1, dtype=q.dtype)
+    valid = (mass > 0) & (lse != -torch.inf)  # NaN is a value too
+    mean = similarity / torch.where(mass > 0, mass, 1)
+    return lse, torch.where(valid, mean - torch.where(valid, lse, 0), 0), valid
+
+
+def _sums(q: Tensor, k: Tensor, t: Tensor, *terms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the candidates and similarity to the positives, each (n,): fused where that can be done."""
+    *fusible, extra_logits = terms
+    learned = extra_logits is not None or any(x is not None and x.requires_grad for x in (t, *fusible))
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(q)
+    if learned or transformed or not len(k):
+        return _plain_sums(q, k, t, *terms)
+    return _FusedSums.apply(q, k, t, *fusible)
+
+
+def _plain_sums(
+    q: Tensor,
+    k: Tensor,
+    t: Tensor,
+    index: Tensor | None,
+    candidates: Tensor | None,
+    itself: Tensor | None,
+    weights: Tensor | None,
+    extra_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What :class:`_FusedSums` computes, as it is written; ``t`` is that of all keys (n, M) or of ``index`` (n, P)."""
     with without_autocast(q):
         s = q @ k.T
-    t = positive(query_ids, key_ids).to(s.dtype)
-    logits = torch.where(candidate(query_ids, key_ids), s, -torch.inf)
-    if key_log_weight is not None:
-        logits = logits + key_log_weight.to(s.dtype)
-        t = torch.where(key_log_weight == -torch.inf, 0, t)
+    similarity = _chosen(t, s if index is None else s.gather(1, index)).sum(1)
+    logits = s if candidates is None else torch.where(candidates, s, -torch.inf)
+    if itself is not None:
+        logits = logits.scatter(1, itself[:, None], -torch.inf)
+    if weights is not None:
+        logits = logits + weights
     if extra_logits is not None:
-        logits = torch.cat([logits, extra_logits.to(s.dtype)], dim=1)
-    mass = t.sum(1)
-    valid = (mass > 0) & (logits != -torch.inf).any(1)  # NaN is a value too
-    lse = torch.where(valid[:, None], logits, 0).logsumexp(1)
-    similarity = torch.where(t > 0, t * s, 0).sum(1) / torch.where(mass > 0, mass, 1)
-    return lse, torch.where(valid, similarity - lse, 0), valid
+        logits = torch.cat([logits, extra_logits], dim=1)
+    some = (logits != -torch.inf).any(1)
+    return torch.where(some, torch.where(some[:, None], logits, 0).logsumexp(1), -torch.inf), similarity
+
+
+def _chosen(t: Tensor, x: Tensor) -> Tensor:
+    """``t * x`` that is 0 where t is, whatever x."""
+    return torch.where(t, x, 0) if t.dtype == torch.bool else torch.where(t > 0, t * x, 0)
+
+
+class _FusedSums(torch.autograd.Function):
+    """:func:`_plain_sums` in place: one (n, M) matrix is kept and one more is made in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        t: Tensor,
+        index: Tensor | None,
+        candidates: Tensor | None,
+        itself: Tensor | None,
+        weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        with without_autocast(q):
+            s = q @ k.T
+        similarity = _chosen(t, s if index is None else s.gather(1, index)).sum(1)
+        if candidates is not None:
+            s.masked_fill_(~candidates, -torch.inf)
+        if itself is not None:
+            s.scatter_(1, itself[:, None], -torch.inf)
+        if weights is not None:
+            s.add_(weights)
+        top = s.amax(1)
+        top = torch.where(top == -torch.inf, 0, top)
+        terms = s.sub_(top[:, None]).exp_()
+        total = terms.sum(1)
+        ctx.save_for_backward(q, k, t, index, candidates, itself, weights, terms, total)
+        return total.log() + top, similarity
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, t, index, candidates, itself, weights, terms, total = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient will be differentiated: it must have a graph
+            sums = _plain_sums(q, k, t, index, candidates, itself, weights)
+            leaves = [x for x, needed in zip((q, k), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(sums, leaves, grads, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), *[None] * 5
+        of_sum, of_similarity = grads
+        share = torch.where(total == 0, 0, of_sum / total)[:, None]
+        pull = _chosen(t, of_similarity[:, None])
+        grad = pull.addcmul_(terms, share) if index is None else (terms * share).scatter_add_(1, index, pull)
+        with without_autocast(q):
+            grad_q = grad @ k if ctx.needs_input_grad[0] else None
+            grad_k = grad.T @ q if ctx.needs_input_grad[1] else None
+        return grad_q, grad_k, *[None] * 5

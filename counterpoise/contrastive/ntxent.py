@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import Loss, Spec, check_choice, check_number, reduce_losses, world_size
-from counterpoise.contrastive._views import Rows, all_ranks, as_rows, stack_views
-from counterpoise.contrastive.info_nce import InfoNCE, info_nce, not_self, positive_or_bank
+from counterpoise.contrastive._views import Rows, all_ranks, as_rows, other_views, stack_views
+from counterpoise.contrastive.info_nce import InfoNCE, info_nce, positive_or_bank, same_label
 from counterpoise.memory import MemoryBank
 
 
@@ -74,7 +74,9 @@ def ntxent_loss(
             keys,
             query_ids=rows.ids,
             key_ids=key_ids,
-            candidate=not_self,
+            positive=other_views(rows.itself, len(views)) if labels is None else same_label,
+            candidate=None,
+            itself=rows.itself,
             key_log_weight=log_weight,
             temperature=temperature,
         )
@@ -100,12 +102,12 @@ def _against_bank(
     v, n, d = views.shape
     if v != 2 or bank.keys.shape[1] != d:
         raise ValueError(f"bank of width {bank.keys.shape[1]} got views {(v, n, d)}, expected two views of its width")
-    anchors = Rows(*(None if x is None else x[:n] for x in rows))  # type: ignore[arg-type]
-    unknown = torch.full_like(bank.labels, -1)  # without labels each example is its own: the bank's say nothing of it
-    of_bank = torch.stack([unknown, bank.labels if labelled else unknown], dim=1)
+    anchors, others = (Rows(*(None if x is None else x[part] for x in rows)) for part in (slice(n), slice(n, None)))  # type: ignore[arg-type]
+    of_bank = torch.stack([torch.full_like(bank.labels, -1), bank.labels], dim=1)
     unusable = torch.where(bank.valid, 0.0, -torch.inf)
-    # with labels a positive may lie on another rank; without, it is the row's own second view
-    keys, key_ids, own = all_ranks(Rows(*(None if x is None else x[n:] for x in rows)), sync=sync and labelled)  # type: ignore[arg-type]
+    if not labelled:
+        return anchors, _own_against_bank(anchors, others, bank, of_bank, unusable, temperature)
+    keys, key_ids, own = all_ranks(others, sync=sync)  # a positive may lie on another rank
     result = info_nce(
         anchors.z,
         torch.cat([keys, bank.keys.to(keys)]),
@@ -116,6 +118,26 @@ def _against_bank(
         temperature=temperature,
     )
     return anchors, result
+
+
+def _own_against_bank(
+    anchors: Rows, others: Rows, bank: MemoryBank, of_bank: Tensor, unusable: Tensor, temperature: float | Tensor
+) -> InfoNCE:
+    """Each anchor's own second view is its positive, which no other row sees: one logit beside those of the bank."""
+    z, tau = anchors.z, temperature
+    attraction = (z * others.z).sum(1) / (tau.to(z.dtype) if isinstance(tau, Tensor) else tau)
+    negatives = info_nce(
+        z,
+        bank.keys.to(z, copy=True),  # it may be written to before the backward pass
+        query_ids=anchors.ids,
+        key_ids=of_bank,
+        positive=anchors.ids[:, :0],  # none in the bank
+        candidate=None,
+        key_log_weight=unusable,
+        temperature=tau,
+    ).log_sum_exp
+    lse = torch.logaddexp(attraction, negatives)
+    return InfoNCE(lse - attraction, lse, attraction - lse, torch.ones_like(lse, dtype=torch.bool))
 
 
 class NTXentLoss(Loss):

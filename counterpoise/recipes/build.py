@@ -111,6 +111,8 @@ def facts_of(data: LabelledData, config: Mapping[str, Any]) -> dict[str, Any]:
         "in_features": math.prod(shape),
         "seed": config["seed"],
     }
+    if "dim" in config["recipe"]:
+        facts["embedding_dim"] = config["recipe"]["dim"]
     if data.splits.group_counts is not None:
         facts["group_counts"] = data.splits.group_counts
     if data.splits.train.input_range is not None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from counterpoise.recipes.report_plots import _SIZE, _STYLE, COLORS, _class_ticks, _percent, to_svg
+from counterpoise.recipes.report_plots import COLORS, SIZE, STYLE, class_ticks, percent_axis, to_svg
 
 SERIES = ("accent", "tail", "medium", "warn", "head", "muted")
 
@@ -18,8 +18,8 @@ SERIES = ("accent", "tail", "medium", "warn", "head", "muted")
 def grouped_bar_plot(names: Sequence[str], values: Mapping[str, np.ndarray], *, title: str, key: str) -> str:
     """For each name one bar in [0, 1] a series, side by side, with its percent; NaN is left out and says so."""
     width = 0.8 / len(values)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(_SIZE, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(SIZE, layout="constrained")
         axes = figure.subplots()
         for i, (label, rates) in enumerate(values.items()):
             x = np.arange(len(rates)) + (i - (len(values) - 1) / 2) * width
@@ -27,8 +27,8 @@ def grouped_bar_plot(names: Sequence[str], values: Mapping[str, np.ndarray], *, 
             if len(values) * len(names) <= 16:
                 shown = ["n/a" if np.isnan(rate) else f"{100 * rate:.0f}" for rate in rates]
                 axes.bar_label(bars, shown, fontsize=8, padding=1.5)
-        _percent(axes, title)
-        _class_ticks(axes, names)
+        percent_axis(axes, title)
+        class_ticks(axes, names)
         _legend_below(axes, len(values))
         return to_svg(figure, key)
 
@@ -38,8 +38,8 @@ def weight_plot(weights: Mapping[str, np.ndarray], *, title: str, key: str) -> s
     known = np.concatenate(list(weights.values()))
     low, high = min(0.5, float(known.min())), max(2.0, float(known.max()))
     edges = np.geomspace(max(low, 1e-4), high, 25)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(_SIZE, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(SIZE, layout="constrained")
         axes = figure.subplots()
         for i, (label, values) in enumerate(weights.items()):
             share = np.full(len(values), 1 / max(len(values), 1))
@@ -53,7 +53,7 @@ def weight_plot(weights: Mapping[str, np.ndarray], *, title: str, key: str) -> s
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.minorticks_off()
         axes.set_xlabel("Weight (dashed: one)")
-        _percent(axes, title, limits=False)
+        percent_axis(axes, title, limits=False)
         _legend_below(axes, len(weights))
         return to_svg(figure, key)
 
@@ -62,14 +62,14 @@ def trade_off_plot(
     fairness: np.ndarray, accuracy: np.ndarray, *, best: int, front: np.ndarray, label: str, key: str
 ) -> str:
     """One dot an epoch: accuracy against fairness, those of the front in another colour, the chosen one large."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(_SIZE, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(SIZE, layout="constrained")
         axes = figure.subplots()
         axes.scatter(fairness, accuracy, s=14, color=COLORS["muted"], alpha=0.5, label="epochs")
         order = front[np.argsort(fairness[front])]
         axes.plot(fairness[order], accuracy[order], "o-", markersize=4, color=COLORS["accent"], label="none is better")
         axes.plot(fairness[best], accuracy[best], "o", markersize=9, color=COLORS["tail"], label="chosen")
-        _percent(axes, "Balanced accuracy against fairness (validation)", limits=False)
+        percent_axis(axes, "Balanced accuracy against fairness (validation)", limits=False)
         axes.set_xlabel(label)
         _legend_below(axes, 3)
         return to_svg(figure, key)

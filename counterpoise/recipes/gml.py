@@ -28,7 +28,7 @@ from counterpoise._core import check_number, in_second_pass
 from counterpoise.contrastive import GMLLoss
 from counterpoise.distributed import gather_rows
 from counterpoise.losses import CosineLinear
-from counterpoise.memory import ClassQueue
+from counterpoise.memory import ClassQueue, follow
 from counterpoise.recipes.long_tailed import LongTailed
 from counterpoise.recipes.models import BatchAugment
 from counterpoise.recipes.module import Batch
@@ -181,14 +181,6 @@ class GML(LongTailed):
         order = rows[2].argsort(stable=True)  # the same queue however the batch is divided among ranks
         self.queue.enqueue(*(z[order] for z in rows))
         return self.key_projection(self.queue.features.to(next(self.key_projection.parameters()).dtype))
-
-
-@torch.no_grad()
-def follow(key: nn.Module, query: nn.Module, momentum: float) -> None:
-    """Moves the parameters of ``key`` towards those of the same names in ``query``; buffers are its own."""
-    leading = dict(query.named_parameters())
-    for name, parameter in key.named_parameters():
-        parameter.lerp_(leading[name].to(parameter), 1 - momentum)
 
 
 def _cosine_head(model: nn.Module) -> tuple[str, CosineLinear]:

@@ -69,6 +69,8 @@ def fit(
 
     Args:
         recipe: what is trained, with ``predict_step`` and ``evaluate`` as :class:`LongTailed` has them; data: what on.
+            A recipe may have ``prepare(data, folder, ..)``, called before training, and ``finish(folder, data,
+            predictions)``, called behind the evaluation, which gives further entries of metrics.json.
         folder: of the run, made if need be.
         max_epochs: >= 1.
         seed: of everything random that is left.
@@ -108,6 +110,7 @@ def fit(
         "class_names": list(data.splits.class_names),
         "class_counts": data.class_counts,
     }
+    data.drop_last = data.drop_last or bool(getattr(recipe, "drop_last", False))
     keeps = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
     with locked(folder) if keeps else nullcontext():
         if keeps:
@@ -171,17 +174,22 @@ def _evaluate(trainer: pl.Trainer, recipe: pl.LightningModule, data: LabelledDat
     if best.exists():
         recipe.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
     found, notes = {}, list[str]()
+    predictions: dict[str, dict[str, Tensor]] = {}
     for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         batches: Any = trainer.predict(recipe, dataloaders=loader)
-        predictions: dict[str, Tensor] = {name: torch.cat([b[name].cpu() for b in batches]) for name in batches[0]}
-        found[split] = recipe.evaluate(predictions, data)  # type: ignore[operator]
+        predictions[split] = {name: torch.cat([b[name].cpu() for b in batches]) for name in batches[0]}
+        found[split] = recipe.evaluate(predictions[split], data)  # type: ignore[operator]
         notes += found[split].notes
+    finish: Any = getattr(recipe, "finish", None)
+    more: dict[str, Any] = {}
     if trainer.is_global_zero:
-        write_predictions(folder, predictions)
+        write_predictions(folder, predictions["test"])
+        more = {} if finish is None else finish(folder, data, predictions)
     return {
         "splits": {name: evaluation.scalars for name, evaluation in found.items()},
         "notes": notes,
         **found["test"].details,
+        **more,
     }
 
 

@@ -16,6 +16,7 @@ import counterpoise.contrastive
 import counterpoise.losses
 import counterpoise.samplers
 from counterpoise._core import Spec
+from counterpoise.memory import MemoryBank
 
 ROOMS = (counterpoise.losses, counterpoise.contrastive, counterpoise.samplers)
 CLASSES = 4
@@ -25,11 +26,17 @@ FACTS: dict[str, Any] = {
     "group_counts": [40, 20, 5],
     "targets": torch.tensor([0] * 20 + [1] * 10 + [2] * 4 + [3]),
     "num_epochs": 5,
+    "embedding_dim": DIM,
     "scores": torch.arange(1.0, 31.0),
     "indices": torch.arange(3, 90, 3),
     "num_examples": 38,
     "kinds": ["gaussian", "laplace", "classification", "liebel_korner"],
     "task_weights": [1.0, 0.5, 2.0, 0.25],
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {  # where the batches of the contracts are too small for the defaults
+    "CWRGPLoss": {"groups": 1, "on_singular": "shrink"},
+    "WMSELoss": {"on_singular": "shrink"},
 }
 
 
@@ -53,7 +60,7 @@ OBJECTIVES = [p for p in PARTS if p not in SAMPLERS and p not in REWEIGHTERS]
 def build(part: type, **settings: Any) -> Any:
     """The part with the run-time facts that its Spec names."""
     facts = {name: FACTS[name] for name in part.spec.needs if name in FACTS}
-    return part(**facts, **settings)
+    return part(**facts, **{**SETTINGS.get(part.__name__, {}), **settings})
 
 
 def function_of(part: type) -> Callable[..., Tensor]:
@@ -72,7 +79,7 @@ class Batch:
 
     inputs: list[Tensor]
     differentiable: int
-    options: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -82,7 +89,8 @@ class Batch:
     def rows(self, index: Any) -> Batch:
         """Some rows, as fresh leaves."""
         picked = [x.detach()[index] for x in self.inputs]
-        return replace(self, inputs=picked, options={k: v[index] for k, v in self.options.items()}).fresh()
+        options = {k: v[index] if isinstance(v, Tensor) else v for k, v in self.options.items()}  # a bank has no rows
+        return replace(self, inputs=picked, options=options).fresh()
 
     def fresh(self) -> Batch:
         """The same values with leaves that require gradients."""
@@ -116,6 +124,15 @@ def batch_of(task: str, n: int = 6, dtype: torch.dtype = torch.float64, seed: in
         return Batch([normal(n, DIM), torch.arange(n) // 2 % CLASSES], 1).fresh()
     if task == "two_view":
         return Batch([normal(n, DIM), normal(n, DIM)], 2).fresh()
+    if task == "paired":
+        return Batch([normal(n, DIM), normal(n, DIM)], 2).fresh()
+    if task == "teacher_views":  # the second comes from a momentum encoder: it takes no gradient
+        return Batch([normal(n, DIM), normal(n, DIM)], 1).fresh()
+    if task == "queue_views":  # and a bank besides, not quite full
+        bank = MemoryBank(8, DIM, dtype=dtype)
+        keys = torch.randn(7, DIM, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+        bank.enqueue(keys.to(dtype))  # the same on every rank and for every seed
+        return Batch([normal(n, DIM), normal(n, DIM)], 1, {"bank": bank}).fresh()
     if task == "multi_task":
         return Batch([normal(n, CLASSES)], 1).fresh()
     if task == "reweighter":

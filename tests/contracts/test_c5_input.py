@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.contracts.parts import OBJECTIVES, REWEIGHTERS, SAMPLERS, batch_of, build, ids
+from tests.contracts.parts import OBJECTIVES, REWEIGHTERS, SAMPLERS, batch_of, build, ids, value
 
 objectives = pytest.mark.parametrize("part", OBJECTIVES, ids=ids(OBJECTIVES))
 SUPERVISED = [p for p in OBJECTIVES if p.spec.task in ("multiclass", "multilabel")]
@@ -28,13 +28,13 @@ def refusal(call: Callable[[], object], *, naming: str) -> str:
 def test_weight_and_mask_of_another_length(part: type, name: str) -> None:
     batch = batch_of(part.spec.task)
     wrong = torch.ones(7, dtype=torch.bool if name == "mask" else torch.float64)
-    assert "(7,)" in refusal(lambda: build(part)(*batch.inputs, **{name: wrong}), naming=name)
+    assert "(7,)" in refusal(lambda: value(build(part), batch, **{name: wrong}), naming=name)
 
 
 @objectives
 def test_a_mask_that_is_not_boolean(part: type) -> None:
     batch = batch_of(part.spec.task)
-    assert "bool" in refusal(lambda: build(part)(*batch.inputs, mask=torch.ones(6)), naming="mask")
+    assert "bool" in refusal(lambda: value(build(part), batch, mask=torch.ones(6)), naming="mask")
 
 
 @objectives
@@ -70,12 +70,13 @@ def test_integer_logits(part: type) -> None:
     assert "int64" in refusal(lambda: build(part)(logits.long(), target), naming="logits")
 
 
-@pytest.mark.parametrize("part", [p for p in OBJECTIVES if p.spec.task == "two_view"])
+@pytest.mark.parametrize("part", [p for p in OBJECTIVES if "_view" in p.spec.task or p.spec.task == "paired"])
 def test_views_that_do_not_fit(part: type) -> None:
-    z, other = batch_of("two_view").inputs
-    assert "(6, 4)" in refusal(lambda: build(part)(z, other[:, :4]), naming="other")
-    refusal(lambda: build(part)(z[0], other[0]), naming="z")
-    refusal(lambda: build(part)(z.long(), other.long()), naming="z")
+    batch = batch_of(part.spec.task)
+    z, other = batch.inputs
+    assert "(6, 4)" in refusal(lambda: build(part)(z, other[:, :4], **batch.options), naming="other")
+    refusal(lambda: build(part)(z[0], other[0], **batch.options), naming="z")
+    refusal(lambda: build(part)(z.long(), other.long(), **batch.options), naming="z")
 
 
 @pytest.mark.parametrize("part", REWEIGHTERS, ids=ids(REWEIGHTERS))

@@ -48,7 +48,7 @@ def step(rank: int, part: type, settings: dict[str, Any], options: dict[str, Ten
     batch = batch_of(part.spec.task, n=N).rows(rows)
     parameter = linear()
     loss = build(part, sync=True, **settings)(
-        *through(parameter, batch), **{name: x[rows] for name, x in options.items()}
+        *through(parameter, batch), **batch.options, **{name: x[rows] for name, x in options.items()}
     )
     loss.backward()
     return averaged(loss), averaged(parameter.grad)

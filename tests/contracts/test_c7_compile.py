@@ -51,7 +51,7 @@ def test_gradients_agree_with_finite_differences(part: type) -> None:
     weight = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64)
 
     def function(*leaves: torch.Tensor) -> torch.Tensor:
-        return module(*leaves, *rest, weight=weight)
+        return module(*leaves, *rest, **batch.options, weight=weight)
 
     assert torch.autograd.gradcheck(function, batch.leaves)
     if part.spec.double_backward:

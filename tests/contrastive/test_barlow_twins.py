@@ -65,6 +65,45 @@ def test_identical_views_have_the_diagonal_variance_over_variance_plus_eps() -> 
     assert_close(ours, (variance / (variance + 0.1) - 1).square().sum())
 
 
+def test_with_the_unbiased_variance_identical_views_have_a_diagonal_short_of_one() -> None:
+    z = views()[0]
+    ours = barlow_twins_loss(z, z, off_diagonal_weight=0.0, eps=0.0, correction=1)
+    assert_close(ours.item(), WIDTH / N**2)
+
+
+def test_the_unbiased_variance_with_weights_is_that_of_torch() -> None:
+    first, second = views()
+    weight = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    share, whitened = weight / weight.sum(), []
+    for z in (first, second):
+        whitened.append((z - share @ z) / z.T.cov(aweights=weight).diagonal().sqrt())
+    c = whitened[0].T @ (share[:, None] * whitened[1])
+    expected = (c - torch.eye(WIDTH)).square().sum()
+    ours = barlow_twins_loss(first, second, off_diagonal_weight=1.0, eps=0.0, correction=1, weight=weight)
+    assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": torch.tensor([1.0, 0.5, 2.0])}])
+def test_with_more_features_than_examples_it_is_the_same_formula(options: dict[str, Tensor]) -> None:
+    """Then the products between examples are formed, and not those between features."""
+    first, second = torch.randn(2, 3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight = options.get("weight", torch.ones(3)).double()
+    share = weight / weight.sum()
+    standard = [(z - share @ z) / (share @ (z - share @ z).square() + 1e-5).sqrt() for z in (first, second)]
+    c = standard[0].T @ (share[:, None] * standard[1])
+    expected = (c.diagonal() - 1).square().sum() + 0.3 * (c - c.diagonal().diag()).square().sum()
+    assert_close(barlow_twins_loss(first, second, off_diagonal_weight=0.3, **options), expected)
+
+
+def test_without_eps_a_feature_that_does_not_vary_counts_as_zero() -> None:
+    z = torch.tensor([[1.0, 2.0], [1.0, -2.0]], requires_grad=True)
+    loss = barlow_twins_loss(z, z, eps=0.0)
+    loss.backward()
+    assert loss.item() == 1
+    assert z.grad is not None
+    assert z.grad.isfinite().all()
+
+
 def test_weight_one_is_the_squared_distance_to_the_identity() -> None:
     c = torch.tensor(correlation(*views(), eps=1e-5), dtype=torch.float64)
     expected = (c - torch.eye(WIDTH)).square().sum()
@@ -143,10 +182,11 @@ def test_views_given_apart_or_stacked_are_the_same() -> None:
         (lambda loss: loss(views()[0]), r"z holds 1 views, expected two"),
         (lambda loss: loss(*views(), labels=torch.arange(N)), r"BarlowTwinsLoss got labels, expected two views only"),
         (lambda loss: loss(*views(), bank=MemoryBank(4, WIDTH)), r"BarlowTwinsLoss got a bank, expected two views"),
-        (lambda _: BarlowTwinsLoss(eps=0.0), r"eps is 0.0, expected a number in \(0, inf\]"),
+        (lambda _: BarlowTwinsLoss(eps=-1.0), r"eps is -1.0, expected a number in \[0, inf\]"),
+        (lambda _: BarlowTwinsLoss(correction=2), r"correction is 2, expected one of \[0, 1\]"),
         (lambda _: BarlowTwinsLoss(off_diagonal_weight=-1.0), r"off_diagonal_weight is -1.0, expected a number in"),
     ],
-    ids=["one example", "three views", "one view", "labels", "bank", "eps", "lambda"],
+    ids=["one example", "three views", "one view", "labels", "bank", "eps", "correction", "lambda"],
 )
 def test_what_does_not_fit_is_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -215,3 +215,105 @@ def test_no_query_gives_no_row() -> None:
     x = inputs()
     result = info_nce(x["queries"][:0], x["keys"], query_ids=x["query_ids"][:0], key_ids=x["key_ids"])
     assert result.loss.shape == (0,)
+
+
+# Positives by index, the row itself, and the fused path
+
+
+def by_index(x: dict[str, Tensor]) -> Tensor:
+    """Two positives a row, of which the rules know nothing."""
+    return torch.tensor([[1, 6], [4, 7], [3, 8], [6, 0], [1, 7], [0, 8]])
+
+
+def test_positives_may_be_given_by_index() -> None:
+    x = inputs()
+    index = by_index(x)
+    t = torch.zeros(ROWS, KEYS, dtype=torch.bool).scatter(1, index, True)
+    weights = torch.zeros(KEYS, dtype=torch.float64)
+    weights[7] = -torch.inf
+    for w in (None, weights):
+        given = info_nce(**x, positive=index, key_log_weight=w, temperature=0.3)
+        ruled = info_nce(**x, positive=lambda q, k: t, key_log_weight=w, temperature=0.3)
+        assert_close(tuple(given), tuple(ruled))
+        tiled = info_nce(**x, positive=index, key_log_weight=w, temperature=0.3, tile_elements=2 * KEYS)
+        assert_close(tuple(tiled), tuple(given))
+
+
+def test_the_row_itself_is_no_candidate_with_or_without_a_mask() -> None:
+    x = inputs()
+    itself = info_nce(**x, candidate=None, itself=torch.arange(ROWS))
+    assert_close(tuple(itself), tuple(info_nce(**x)))
+    assert info_nce(**x, candidate=None).loss[0] > itself.loss[0]
+
+
+def test_the_log_sum_exp_does_not_need_a_positive() -> None:
+    x = inputs()
+    none = torch.zeros(ROWS, 0, dtype=torch.int64)
+    result = info_nce(**x, positive=none, candidate=None, temperature=0.3)
+    assert_close(result.log_sum_exp, (x["queries"] @ x["keys"].T / 0.3).logsumexp(1))
+    assert not result.valid.any()
+
+
+def test_a_row_without_a_candidate_has_a_log_sum_exp_of_minus_infinity_and_no_gradient() -> None:
+    x = inputs()
+    x["queries"].requires_grad_()
+    gone = torch.full((KEYS,), -torch.inf, dtype=torch.float64)
+    result = info_nce(**x, key_log_weight=gone)
+    assert (result.log_sum_exp == -torch.inf).all()
+    (gradient,) = torch.autograd.grad(result.loss.sum(), x["queries"])
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+SUMS: dict[str, dict[str, Any]] = {
+    "rules": {},
+    "itself": {"candidate": None, "itself": torch.arange(ROWS)},
+    "weights": {"key_log_weight": torch.linspace(-1, 1, KEYS, dtype=torch.float64)},
+    "a key gone": {"key_log_weight": torch.tensor([0.0, 0, 0, -torch.inf, 0, 0, 0, 0, 0], dtype=torch.float64)},
+    "soft": {"positive": lambda q, k: same_label(q, k) * torch.linspace(0.1, 1, KEYS, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("options", SUMS.values(), ids=SUMS)
+def test_the_fused_path_equals_the_plain_one_in_value_and_gradients(options: dict[str, Any]) -> None:
+    """Further logits of -inf change nothing, and take the plain path."""
+    x = inputs()
+
+    def outcome(q: Tensor, k: Tensor, plain: bool) -> Tensor:
+        extra = torch.full((ROWS, 1), -torch.inf, dtype=torch.float64) if plain else None
+        result = info_nce(q, k, query_ids=x["query_ids"], key_ids=x["key_ids"], extra_logits=extra, **options)
+        return result.loss.sum() + result.log_sum_exp.cos().sum()
+
+    def derivatives(plain: bool) -> list[Tensor]:
+        leaves = [x[name].clone().requires_grad_() for name in ("queries", "keys")]
+        value = outcome(*leaves, plain)
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), leaves)
+        once = torch.autograd.grad(outcome(*leaves, plain), leaves)
+        return [value, *first, *second, *once]
+
+    assert_close(derivatives(False), derivatives(True))
+
+
+@pytest.mark.parametrize("options", SUMS.values(), ids=SUMS)
+def test_the_gradient_of_the_fused_path_agrees_with_finite_differences(options: dict[str, Any]) -> None:
+    x = inputs()
+
+    def losses(q: Tensor, k: Tensor) -> Tensor:
+        return info_nce(q, k, query_ids=x["query_ids"], key_ids=x["key_ids"], temperature=0.5, **options).loss
+
+    assert torch.autograd.gradcheck(losses, [x[name].requires_grad_() for name in ("queries", "keys")])
+
+
+def test_the_fused_path_keeps_one_table_of_similarities() -> None:
+    x = inputs()
+    kept = []
+
+    def pack(saved: Tensor) -> Tensor:
+        if saved.shape == (ROWS, KEYS) and saved.is_floating_point():
+            kept.append(saved)
+        return saved
+
+    x["queries"].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        info_nce(**x)
+    assert len(kept) == 1

@@ -46,6 +46,11 @@ NEEDS_OTHERS = {
     "loss/uncertainty_weighting": ["recipe=multi_task"],
     "model/small_unet": ["recipe=semi_segmentation"],
     "loss/gml": ["recipe=gml"],
+    "loss/supcon": ["recipe=supervised_contrastive"],
+    **{
+        f"loss/{name}": ["recipe=self_supervised"]
+        for name in ("ascl", "ascl_byol", "byol", "cacr", "cw_rgp", "simsiam", "swav", "vicreg", "wmse")
+    },
     "model/torchvision": ["data=image_folder", "data.root=images"],
     "reweighter/broad": ["reweighter.by=target"],
     "reweighter/group_dro": ["reweighter.by=target"],
@@ -64,6 +69,10 @@ NOT_BUILT = {
             "data/rotated_fashion_mnist",
         ],
         "needs files that are downloaded",
+    ),
+    **dict.fromkeys(
+        ["loss/clip", "loss/convirt", "loss/image_tabular_clip", "loss/siglip"],
+        "takes two modalities, which no built-in data have",
     ),
     **dict.fromkeys(["logger/mlflow", "logger/wandb", "recipe/gradient_surgery"], "needs an extra of its own"),
 }
@@ -97,6 +106,9 @@ DIFFERENT = {
     ("logger/tensorboard", "name"): IN_RUN_FOLDER,
     ("logger/wandb", "project"): "wandb asks for one",
     ("logger/wandb", "save_dir"): IN_RUN_FOLDER,
+    ("loss/cw_rgp", "block_size"): "fewer examples than a group of the recipe's embeddings has channels",
+    ("loss/cw_rgp", "groups"): "embeddings of 64 as the recipe has them, not of 512",
+    ("loss/swav", "num_prototypes"): "ten a class of the data at hand",
     ("loss/binary_cross_entropy", "gamma"): "no focusing is what makes it binary cross-entropy",
     ("loss/binary_cross_entropy", "inner"): "one scale with the other multi-label losses",
     ("loss/asymmetric", "inner"): ONE_HOT,

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-OURS = "import counterpoise.losses, counterpoise.samplers, counterpoise.contrastive"
+OURS = "import counterpoise.losses, counterpoise.samplers, counterpoise.contrastive, counterpoise.neighbors"
 NOT_OURS = ("lightning", "hydra", "omegaconf", "torchmetrics", "sklearn", "scipy", "matplotlib", "ot", "faiss")
 BUDGET = 0.1  # seconds beside torch
 

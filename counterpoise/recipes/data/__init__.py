@@ -13,6 +13,7 @@ from counterpoise.recipes.data.cuts import balanced_split, stratified_split, val
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.data.diabetes import diabetes
 from counterpoise.recipes.data.digits import digits_lt
+from counterpoise.recipes.data.embeddings import embeddings_npz
 from counterpoise.recipes.data.fashion_mnist import fashion_mnist_lt, load_fashion_mnist
 from counterpoise.recipes.data.image_folders import image_folder
 from counterpoise.recipes.data.long_tail import (
@@ -49,6 +50,7 @@ __all__ = [
     "digits_canvas",
     "digits_lt",
     "digits_scenes",
+    "embeddings_npz",
     "fashion_canvas",
     "fashion_mnist_lt",
     "fashion_scenes",

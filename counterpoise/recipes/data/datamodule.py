@@ -74,6 +74,7 @@ class LabelledData(pl.LightningDataModule):
         num_workers: loader processes, >= 0.
         sampler: of the training set; None = seeded shuffling.
         seed: >= 0, of the order and of random transforms.
+        drop_last: leave out a last training batch that is not full, unless it is the only one.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class LabelledData(pl.LightningDataModule):
         num_workers: int = 0,
         sampler: Sampler[int] | None = None,
         seed: int = 0,
+        drop_last: bool = False,
     ) -> None:
         super().__init__()
         check_number("batch_size", batch_size, 1)
@@ -92,6 +94,7 @@ class LabelledData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.drop_last = drop_last
         self.train_sampler: Any = sampler or ShuffleSampler(len(splits.train), seed=seed)
         self._position = {"epoch": 0, "batches": 0}
 
@@ -125,7 +128,8 @@ class LabelledData(pl.LightningDataModule):
         if not getattr(train, "draws_nothing", False):
             train = SeededItems(train, sampler, self.seed)
         lone = len(sampler) % self.batch_size == 1 and len(sampler) > 1  # batch normalisation needs two
-        return self._loader(train, sampler=sampler, drop_last=lone)
+        short = self.drop_last and len(sampler) > self.batch_size
+        return self._loader(train, sampler=sampler, drop_last=lone or short)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The validation set in order; every rank reads all of it."""

@@ -9,16 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.golden.adapters import asymmetric, contrastive, coresets, dro, fairness, losses, multi_task, samplers
+from tests.golden.adapters import (
+    asymmetric,
+    clustering,
+    cacr_ascl,
+    contrastive,
+    coresets,
+    dro,
+    fairness,
+    losses,
+    multi_task,
+    pairwise,
+    samplers,
+    transport,
+    whitening,
+)
 from tests.golden.runner import Case
 
 ADAPTERS: dict[str, Callable[[Case], dict[str, Any]]] = {
     **asymmetric.ADAPTERS,
+    **clustering.ADAPTERS,
+    **cacr_ascl.ADAPTERS,
     **contrastive.ADAPTERS,
     **coresets.ADAPTERS,
     **dro.ADAPTERS,
     **fairness.ADAPTERS,
     **losses.ADAPTERS,
     **multi_task.ADAPTERS,
+    **pairwise.ADAPTERS,
     **samplers.ADAPTERS,
+    **transport.ADAPTERS,
+    **whitening.ADAPTERS,
 }

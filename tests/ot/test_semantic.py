@@ -1,0 +1,201 @@
+"""SP2OT: neighbours that agree, an objective that falls, and P2OT where nothing is left of the reward."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from counterpoise.ot import SP2OTResult, knn_affinity, p2ot_labels, sp2ot_labels, sub_affinity
+
+N, K = 24, 4
+
+
+def draws(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+LOGITS = 2 * draws(N, K)
+AFFINITY = knn_affinity(draws(N, 6, seed=1), 5)
+
+
+def solved(logits: Tensor = LOGITS, affinity: Tensor = AFFINITY, mass: float = 0.3, **options: Any) -> SP2OTResult:
+    return sp2ot_labels(logits, affinity, mass=mass, **{"tolerance": 1e-13, "mm_tolerance": 1e-14, **options})
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+# What is left without a reward
+
+
+@pytest.mark.parametrize(
+    "without",
+    [{"semantic_weight": 0.0}, {"affinity": torch.zeros(N, N)}, {"affinity": torch.zeros(N, N).to_sparse_csr()}],
+    ids=["weight 0", "no neighbours", "no neighbours, sparse"],
+)
+@pytest.mark.parametrize("momentum", [0.5, 1.0])
+def test_without_a_reward_it_is_p2ot(without: dict[str, Any], momentum: float) -> None:
+    found = solved(momentum=momentum, **without)
+    expected = p2ot_labels(LOGITS, mass=0.3, tolerance=1e-13)
+    assert_close(found.labels, expected.labels, rtol=0, atol=1e-14)
+    assert (found.iterations, found.converged) == (1, True)
+
+
+def test_at_full_mass_nothing_is_left_of_it() -> None:
+    expected = p2ot_labels(LOGITS, mass=1.0, tolerance=1e-13).labels
+    assert_close(solved(mass=1.0).labels, expected)
+    assert not torch.allclose(solved(mass=1.0, decay=False, semantic_weight=1.0).labels, expected)
+
+
+# The objective
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("weight", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("penalty", [0.1, 1.0, math.inf])
+def test_the_objective_falls_at_every_step(mass: float, weight: float, penalty: float) -> None:
+    found = solved(mass=mass, semantic_weight=weight, penalty=penalty, decay=False)
+    assert float(found.objective.diff().max()) <= 1e-12
+    assert_close(float(found.labels.mean(0).sum()), mass, rtol=1e-6, atol=0)
+
+
+def test_the_released_iteration_may_cycle_and_the_safeguard_stops_that() -> None:
+    """A reward that pays for differing from the neighbours: the best answer to either side is the other."""
+    ring = torch.zeros(6, 6, dtype=torch.float64)
+    ring[:3, 3:] = 1.0
+    z = 0.1 * draws(6, 2)
+    z[3:] = -z[:3]
+    options = {"semantic_weight": 20.0, "decay": False, "mass": 0.5, "mm_max_iterations": 30}
+    released = solved(z, ring, safeguard=False, **options)
+    guarded = solved(z, ring, **options)
+    assert float(guarded.objective.diff().max()) <= 1e-12
+    assert float(guarded.objective[-1]) <= float(released.objective[-1]) + 1e-12
+
+
+def test_where_it_stops_another_step_changes_nothing() -> None:
+    found = solved(mm_max_iterations=1000)
+    again = solved(start=found.labels, scaling=found.scaling, mm_max_iterations=1)
+    assert found.converged
+    assert_close(again.labels, found.labels, rtol=1e-5, atol=1e-7)
+
+
+def test_the_objective_is_the_one_in_the_docstring() -> None:
+    labels = solved(mass=0.4, semantic_weight=0.5).labels
+    trace = solved(mass=0.4, semantic_weight=0.5, start=labels, mm_max_iterations=1).objective
+    q, beta = labels / N, torch.full((K,), 0.4 / K, dtype=torch.float64)
+    hat = torch.cat([q, (1 / N - q.sum(1, keepdim=True))], 1)
+    column = q.sum(0)
+    value = -(q * LOGITS.log_softmax(1)).sum() - 0.5 * 0.6 * N * (AFFINITY.to_dense() * (q @ q.T)).sum()
+    value = value + (column * (column / beta).log() - column + beta).sum() + 0.1 * (hat * (hat.log() - 1)).sum()
+    assert_close(float(trace[0]), float(value))
+
+
+def test_it_says_so_when_it_has_not_converged() -> None:
+    with pytest.warns(RuntimeWarning, match="has not converged after 2 iterations"):
+        found = solved(semantic_weight=1.0, mm_max_iterations=2)
+    assert not found.converged
+
+
+# What the reward does, and what leaves it alone
+
+
+def test_duplicates_agree_more_the_more_it_pays() -> None:
+    pairs = torch.zeros(N, N, dtype=torch.float64)
+    first = torch.arange(0, N, 2)
+    pairs[first, first + 1] = pairs[first + 1, first] = 1.0
+
+    def apart(weight: float) -> float:
+        labels = solved(affinity=pairs, semantic_weight=weight, mass=0.6).labels
+        return float((labels[0::2] - labels[1::2]).norm(dim=1).mean())
+
+    assert apart(0.0) > apart(1.0) > apart(4.0)
+
+
+def test_rows_and_clusters_can_be_named_anew() -> None:
+    rows, columns = torch.randperm(N), torch.randperm(K)
+    moved = solved(LOGITS[rows][:, columns], sub_affinity(AFFINITY, rows))
+    assert_close(moved.labels, solved().labels[rows][:, columns], rtol=1e-6, atol=1e-8)
+
+
+def test_a_constant_in_a_row_changes_nothing() -> None:
+    assert_close(solved(LOGITS + draws(N, 1, seed=5)).labels, solved().labels, rtol=1e-6, atol=1e-8)
+
+
+def test_dense_and_sparse_affinities_are_the_same() -> None:
+    assert_close(solved(affinity=AFFINITY.to_dense()).labels, solved().labels)
+
+
+def test_the_weight_is_free_of_size() -> None:
+    """Every example twice, with its neighbours shared between the copies: the labels stay."""
+    twice = torch.arange(N).repeat(2)
+    halved = sub_affinity(AFFINITY, twice).to_dense() / 2
+    assert_close(solved(LOGITS[twice], halved).labels, solved().labels[twice], rtol=1e-6, atol=1e-8)
+
+
+def test_labels_come_in_the_dtype_of_the_logits() -> None:
+    found = sp2ot_labels(LOGITS.float(), AFFINITY.float(), mass=0.3, mm_tolerance=1e-13)
+    assert found.labels.dtype == torch.float32
+    assert_close(found.labels.double(), solved().labels, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_large_logits_give_finite_labels(scale: float) -> None:
+    assert bool(sp2ot_labels(scale * LOGITS, AFFINITY, mass=0.3).labels.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"affinity": torch.zeros(3, 3)}, r"affinity has shape \(3, 3\), expected \(24, 24\)"),
+        ({"semantic_weight": -1.0}, "semantic_weight is -1.0"),
+        ({"momentum": 0.0}, "momentum is 0.0"),
+        ({"mm_max_iterations": 0}, "mm_max_iterations is 0"),
+        ({"mm_tolerance": -1.0}, "mm_tolerance is -1.0"),
+        ({"start": torch.zeros(3, K)}, r"start has shape \(3, 4\)"),
+        ({"mass": 0.0}, "mass is 0.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        solved(**change)
+
+
+# The affinity
+
+
+def test_the_affinity_holds_the_nearest_others() -> None:
+    features = draws(30, 3)
+    dense = knn_affinity(features, 4, 1.5).to_dense()
+    distances = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances.topk(4, largest=False).indices
+    expected = torch.zeros(30, 30, dtype=torch.float64)
+    expected.scatter_(1, nearest, (-distances.gather(1, nearest).square() / (2 * 1.5**2 * 3)).exp())
+    assert_close(dense, expected)
+
+
+def test_of_few_examples_all_others_are_neighbours() -> None:
+    assert knn_affinity(draws(3, 2), 20).to_dense().count_nonzero() == 6
+    assert knn_affinity(draws(1, 2), 20).to_dense().tolist() == [[0.0]]
+
+
+def test_part_of_an_affinity_may_repeat_an_example() -> None:
+    index = torch.tensor([3, 3, 0, 7])
+    dense = AFFINITY.to_dense()
+    assert_close(sub_affinity(AFFINITY, index).to_dense(), dense[index][:, index])
+
+
+@pytest.mark.parametrize(("k", "bandwidth", "said"), [(0, 2.0, "num_neighbors is 0"), (5, 0.0, "bandwidth is 0.0")])
+def test_an_affinity_that_is_none_is_refused(k: int, bandwidth: float, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        knn_affinity(draws(5, 2), k, bandwidth)
