@@ -39,7 +39,7 @@ class NeighborIndex:
         dim: width d of a vector.
         metric: "cosine", "euclidean" or "inner_product". A zero vector has cosine 0 to everything.
         kind: "flat", exact; "ivf" or "hnsw", approximate, by FAISS.
-        backend: "torch" (flat only), "faiss", or "auto": torch, the faster one on a CPU, for a flat index, else FAISS.
+        backend: "torch" (flat only), "faiss", or "auto": torch for a flat index, about as fast on a CPU, else FAISS.
         device: where torch keeps the vectors; None: where the first ones are. FAISS keeps them on the host.
         num_lists: inverted lists (FAISS: nlist); None: about the square root of the number of vectors.
         num_probes: lists that a query looks into (nprobe); all of them make "ivf" exact but for rounding.

@@ -11,7 +11,7 @@ what keeps K in the range of its floating type:
   (float64) they are absorbed into f and g, and K is built anew.
 - Should a scaling overflow or a sum vanish within ten iterations, these are done again from the last good g, with a
   kernel that is built anew for every iteration, in tiles, each row divided by its largest entry: the log domain at the
-  price of one exponential an entry and iteration. There a column sum that underflows counts as the smallest number,
+  price of two exponentials an entry and iteration. There a column sum that underflows counts as the smallest number,
   which only makes that step shorter.
 
 Points are always taken in tiles, their rows divided by the largest entry; offsets of columns are absorbed as above.
@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from counterpoise.ot._kernels import DenseKernel, Problem, TiledKernel
-from counterpoise.ot._sides import Ranks, safe_log
+from counterpoise.ot._sides import Ranks, largest, safe_log
 from counterpoise.ot.costs import rows_of, tiles
 
 CHECK_EVERY = 10
 ABSORB_BEYOND = {torch.float32: 20.0, torch.float64: 100.0}  # of a scaling, in logarithms
+ALONE = Ranks(sync=False)
 SMALL = 200  # times epsilon: a larger spread of the costs is come down to in steps
 
 
@@ -115,7 +116,9 @@ def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
             "cost holds NaN, -inf, or no finite entry in a row or column with mass, expected numbers, and inf for "
             "pairs that are forbidden"
         )
-    return f.nan_to_num(posinf=0.0), g.nan_to_num(posinf=0.0), reach
+    f, g = f.nan_to_num(posinf=0.0), g.nan_to_num(posinf=0.0)
+    c = problem.shift(f, g) if problem.shift is not None else 0.0
+    return f + c, g - c, reach
 
 
 def iterate(problem: Problem, f: Tensor, g: Tensor, max_iterations: int, tolerance: float) -> Solution:
@@ -143,14 +146,14 @@ def iterate(problem: Problem, f: Tensor, g: Tensor, max_iterations: int, toleran
             kernel, v = problem.kernel(found.f, g), problem.columns.reference
 
 
-def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, count: int, least: float = 0.0) -> Solution:
-    """``count`` iterations with one kernel; a column sum counts as ``least`` at least."""
+def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, count: int) -> Solution:
+    """``count`` iterations with one kernel."""
     rows, columns, epsilon = problem.rows, problem.columns, problem.epsilon
     for i in range(count):
         r, u, s = kernel.sweep(v) if rows.ceiling is None else level_sweep(problem, kernel, v)
         s = problem.ranks.sum(s)
-        s = s.clamp_min(least) if least else s
-        columns.raise_ceiling(s, kernel.g, Ranks(sync=False))
+        if columns.ceiling is not None:
+            columns.raise_ceiling(columns.divisor(s).log(), kernel.g, ALONE)
         v = columns.scaled(s, kernel.g)
         if problem.shift is None and i < count - 1:
             continue
@@ -166,18 +169,31 @@ def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, coun
 def level_sweep(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """V to R, U and this rank's part of S, where the ceiling of the rows must be known before U is."""
     rows, r = problem.rows, kernel.row_sums(v)
-    rows.raise_ceiling(r, kernel.f, problem.ranks)
+    rows.raise_ceiling(rows.divisor(r).log(), kernel.f, problem.ranks)
     u = rows.scaled(r, kernel.f)
     return r, u, kernel.column_sums(u)
 
 
 def in_logarithms(problem: Problem, g: Tensor, count: int) -> Solution:
-    """``count`` iterations with a kernel for each."""
-    least = torch.finfo(g.dtype).tiny
+    """``count`` iterations with a kernel for each, and scalings divided by the largest."""
+    rows, columns, ranks, one = problem.rows, problem.columns, problem.ranks, problem.columns.reference
     for _ in range(count):
-        found = advance(problem, TiledKernel(problem, g), problem.columns.reference, 1, least)
-        g = found.g
-    return found
+        kernel = TiledKernel(problem, g)
+        log_r = rows.divisor(kernel.row_sums(one)).log()
+        rows.raise_ceiling(log_r, kernel.f, ranks)
+        moved = rows.log_scaling(log_r, kernel.f)
+        top = ranks.max(largest(moved.masked_fill(rows.reference == 0, -torch.inf))[..., None])
+        s = ranks.sum(kernel.column_sums(rows.reference * (moved - top).exp()))
+        log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log() + top
+        columns.raise_ceiling(log_s, g, ALONE)
+        f, g = kernel.f + problem.epsilon * moved, g + problem.epsilon * columns.log_scaling(log_s, g)
+        c = problem.shift(f, g) if problem.shift is not None else 0.0
+        f, g = f + c, g - c
+    kernel = TiledKernel(problem, g)
+    kernel.row_sums(one)
+    u = rows.reference * ((f - kernel.f) / problem.epsilon).exp()
+    unknown = torch.zeros_like(problem.total)
+    return Solution(f, g, kernel, u, one, ranks.sum(kernel.column_sums(u)), unknown, unknown)
 
 
 def look(problem: Problem, found: Solution, *, measure: bool) -> tuple[float, float]:
@@ -193,8 +209,10 @@ def look(problem: Problem, found: Solution, *, measure: bool) -> tuple[float, fl
             found.error = found.error + (found.mass - problem.total).abs()
         found.error = found.error / problem.total
     distances = [((found.f - kernel.f) / problem.epsilon).abs(), ((found.g - kernel.g) / problem.epsilon).abs()]
-    figures = [x.amax() if x.numel() else x.new_zeros(()) for x in (found.error, *distances)]
-    error, of_rows, of_columns = problem.ranks.max(torch.stack(figures).nan_to_num(nan=torch.inf)).tolist()
+    figures = [largest(x.flatten()) for x in (found.error, *distances)]
+    error, of_rows, of_columns = problem.ranks.max(
+        torch.stack(figures).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    ).tolist()
     return error, max(of_rows, of_columns)
 
 

@@ -35,6 +35,12 @@ def safe_log(x: Tensor) -> Tensor:
     return torch.where(x > 0, torch.where(x > 0, x, 1).log(), -torch.inf)
 
 
+def largest(x: Tensor) -> Tensor:
+    """Largest entry of the last dimension, the smallest number where there is none: a rank may have no rows."""
+    bottom = x.new_full((*x.shape[:-1], 1), torch.finfo(x.dtype).min)
+    return torch.cat([x, bottom], -1).amax(-1)
+
+
 @dataclass
 class Ceiling:
     """Upper bound of the potentials of a side whose masses are bounds.
@@ -97,8 +103,7 @@ class Side:
         iterations make up for what is left.
         """
         logs = torch.where(self.reference > 0, log_sums - offset / self.epsilon, -torch.inf)
-        bottom = torch.full_like(ceiling.value, torch.finfo(logs.dtype).min)  # a rank may have no rows
-        top = ranks.max(torch.cat([logs, bottom], -1).amax(-1, keepdim=True))
+        top = ranks.max(largest(logs)[..., None])
         weights = (logs - top).exp()
         first = ceiling.amount / ranks.sum(weights.sum(-1, keepdim=True))
         s = torch.maximum((ceiling.value / self.epsilon + top).exp(), first).detach()
@@ -110,10 +115,10 @@ class Side:
             s = torch.where(slope > 0, step, torch.where(held > ceiling.amount, first, s))
         return self.epsilon * (s.clamp_max(torch.finfo(s.dtype).max).log() - top)
 
-    def raise_ceiling(self, sums: Tensor, offset: Tensor, ranks: Ranks) -> None:
+    def raise_ceiling(self, log_sums: Tensor, offset: Tensor, ranks: Ranks) -> None:
         """Moves the ceiling, where there is one, to what the sums ask for."""
         if self.ceiling is not None:
-            self.ceiling.value.copy_(self.level(self.ceiling, self.divisor(sums).log(), offset, ranks))
+            self.ceiling.value.copy_(self.level(self.ceiling, log_sums, offset, ranks))
 
     def potential(self, sums: Tensor, offset: Tensor) -> Tensor:
         """f from sums with an offset."""
@@ -169,14 +174,13 @@ class Ranks:
         """Largest over ranks, without gradient."""
         if not self.several:
             return x.detach()
-        largest = x.detach().clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest
+        most = x.detach().clone()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return most
 
     def logsumexp(self, x: Tensor) -> Tensor:
         """Over the last dimension but one of x (..., N, K), the rows of all ranks: (..., K)."""
         if not self.several:
             return x.logsumexp(-2)
-        bottom = x.new_full((*x.shape[:-2], 1, x.shape[-1]), -torch.inf)  # a rank may have no rows
-        largest = self.max(torch.cat([x.detach(), bottom], -2).amax(-2)).clamp_min(torch.finfo(x.dtype).min)
-        return largest + safe_log(self.sum((x - largest[..., None, :]).exp().sum(-2)))
+        top = self.max(largest(x.detach().mT))
+        return top + safe_log(self.sum((x - top[..., None, :]).exp().sum(-2)))

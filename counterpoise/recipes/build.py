@@ -24,6 +24,7 @@ KINDS = {
     "labels": "a set of labels an example",
     "tasks": "several targets an example",
     "pixels": "a class for each pixel",
+    "pairs": "an image and a row of a table an example",
 }
 REFUSALS = (ValueError, TypeError, OSError, ImportError)  # how parts refuse their settings
 

@@ -79,7 +79,7 @@ def pair_similarities(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def similarity_quantiles(positive: Tensor, negative: Tensor) -> dict[str, float]:
     """The 10, 50 and 90 % quantiles of both, by name."""
-    found = {}
+    found: dict[str, float] = {}
     for name, values in (("positive", positive), ("negative", negative)):
         at = torch.quantile(values[:: -(-len(values) // 1_000_000)], values.new_tensor(QUANTILES))
         found |= {f"{name}_similarity_{round(100 * q)}": float(x) for q, x in zip(QUANTILES, at, strict=True)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -25,14 +25,23 @@ def map_plot(points: np.ndarray, classes: np.ndarray, names: Sequence[str], *, k
             chosen = points[classes == c]
             label = short_name(names[c]) if i < MOST_NAMED else None
             marker = MARKERS[i // 10 % len(MARKERS)]
-            axes.scatter(*chosen.T, s=9, color=palette[i % 10], marker=marker, alpha=0.75, linewidths=0, label=label)
+            axes.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                s=9,
+                color=palette[i % 10],
+                marker=marker,
+                alpha=0.75,
+                linewidths=0,
+                label=label,
+            )
         axes.set_xticks([])
         axes.set_yticks([])
         figure.legend(loc="outside right upper", fontsize=8, markerscale=2)
         return to_svg(figure, key)
 
 
-def band_plot(x: np.ndarray, bands: dict[str, Sequence[np.ndarray]], *, title: str, key: str) -> str:
+def band_plot(x: np.ndarray, bands: Mapping[str, Sequence[np.ndarray]], *, title: str, key: str) -> str:
     """Named (low, middle, high) over epochs: a line in a band."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(SIZE, layout="constrained")

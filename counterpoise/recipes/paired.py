@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from counterpoise._core import check_number
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.embedding_evaluation import (
+    LinearProbe,
     knn_scores,
-    linear_probe,
     pair_similarities,
     recalls,
     similarity_histograms,
@@ -175,7 +175,7 @@ class Paired(Recipe):
         per_class: dict[str, Any] = {"train_count": data.class_counts, "band": band}
         for name, scores in (
             ("knn", knn_scores(known, classes, queries, self.num_classes, k=self.knn)),
-            ("linear", linear_probe(known, classes, queries, self.num_classes)),
+            ("linear", LinearProbe(known, classes, self.num_classes)(queries)),
         ):
             recall = recalls(scores, target)
             there = [r for r in recall if r is not None]

@@ -22,6 +22,7 @@ METRICS = {
     "worst_class_robust_accuracy": "Worst class's robust accuracy",
     "mean_iou": "Mean IoU",
     "fair_score": "Fair score (chooses the epoch)",
+    **{f"recall_at_{k}": f"Recall at {k}, mean of both directions" for k in (5, 1, 10)},
     "balanced_linear_accuracy": "Linear probe, mean over classes",
     "balanced_knn_accuracy": "Nearest neighbours, mean over classes",
     "linear_accuracy": "Linear probe",
@@ -52,6 +53,7 @@ PERCENT = (
     "calibration_error",
     "iou",
     "dice",
+    *("_at_1", "_at_5", "_at_10"),
 )  # how names end that are shown in percent
 SCORES = ("val/balanced_accuracy", "val/accuracy")
 PER_CLASS = {

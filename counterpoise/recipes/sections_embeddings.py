@@ -56,10 +56,10 @@ def pairs_figure(run: RunFolder) -> Figure:
     """Cosines of matching and of other pairs over time: median, and the range of 80 %."""
     bands = {}
     for name, label in (("positive", "views of one example"), ("negative", "views of two examples")):
-        columns = [run.history.get(f"val/{name}_similarity_{q}") for q in (10, 50, 90)]
-        if any(c is None for c in columns):
+        columns = [f"val/{name}_similarity_{q}" for q in (10, 50, 90)]
+        if not set(columns) <= set(run.history):
             raise NotAvailable(run.problems.get("history.csv", "history.csv has no similarities"))
-        bands[label] = columns
+        bands[label] = [run.history[column] for column in columns]
     svg = band_plot(run.history["epoch"], bands, title="Cosine of embeddings: median and middle 80%", key="pairs")
     last = {label: float(c[1][-1]) for label, c in bands.items()}
     said = "In the last epoch the median is " + ", ".join(f"{v:.2f} for {label}" for label, v in last.items()) + "."

@@ -97,7 +97,7 @@ class SelfSupervised(Recipe):
             raise ValueError(f"reweighter is a {type(reweighter).__name__}, expected none: views are not examples")
         encoder, width = feature_extractor(model)
         super().__init__(encoder, loss, optimizer=optimizer, scheduler=scheduler)
-        needs = loss.spec.needs if hasattr(loss, "spec") else ()
+        needs: tuple[str, ...] = getattr(getattr(loss, "spec", None), "needs", ())
         for name, value in (("dim", dim), ("knn", knn), ("knn_examples", knn_examples)):
             check_number(name, value, 1)
         check_number("momentum", momentum, 0, 1)
@@ -253,10 +253,10 @@ class SelfSupervised(Recipe):
     def finish(self, folder: Path, data: LabelledData, predictions: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         """Writes embeddings.npz, and gives the report pairs and pictures of neighbours."""
         known, classes = self.train_features(data) if self._known is None else self._known[:2]
-        arrays = {"features": known, "targets": classes}
+        arrays: dict[str, Any] = {"features": known, "targets": classes}
         for split, found in predictions.items():
             arrays |= {f"{split}_features": found["features"], f"{split}_targets": found["target"]}
-        np.savez_compressed(folder / "embeddings.npz", **{name: x.cpu().numpy() for name, x in arrays.items()})
+        np.savez_compressed(folder / "embeddings.npz", **{name: x.cpu().numpy() for name, x in arrays.items()})  # type: ignore[arg-type]
         return {
             "similarities": similarity_histograms(*self._test_pairs(data)),
             "neighbours": neighbour_pictures(data, known, classes, predictions["test"]["features"].cpu()),

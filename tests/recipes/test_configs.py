@@ -46,6 +46,7 @@ NEEDS_OTHERS = {
     "loss/uncertainty_weighting": ["recipe=multi_task"],
     "model/small_unet": ["recipe=semi_segmentation"],
     "loss/gml": ["recipe=gml"],
+    **dict.fromkeys(["loss/barlow_twins", "loss/ntxent"], ["recipe=self_supervised"]),
     "loss/supcon": ["recipe=supervised_contrastive"],
     **{
         f"loss/{name}": ["recipe=self_supervised"]
@@ -122,6 +123,7 @@ DIFFERENT = {
     ("optimizer/sgd", "lr"): PAPER,
     ("optimizer/sgd", "momentum"): PAPER,
     ("optimizer/sgd", "weight_decay"): PAPER,
+    ("recipe/self_supervised", "views"): "what None makes, spelled out so that it can be changed",
     ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
     **dict.fromkeys([("recipe/gml", key) for key in ("augment", "contrast_augment", "seed")], "two views that differ"),
     ("recipe/gml", "shift"): "small images",

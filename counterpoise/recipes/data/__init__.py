@@ -26,6 +26,8 @@ from counterpoise.recipes.data.long_tail import (
 from counterpoise.recipes.data.multi_label_csv import multi_label_csv
 from counterpoise.recipes.data.multi_task_csv import multi_task_csv
 from counterpoise.recipes.data.own import from_datasets
+from counterpoise.recipes.data.paired import digits_attributes, fashion_attributes
+from counterpoise.recipes.data.paired_csv import paired_csv
 from counterpoise.recipes.data.rotated import rotated_digits, rotated_fashion_mnist
 from counterpoise.recipes.data.scenes import digits_scenes, fashion_scenes
 from counterpoise.recipes.data.splits import AsDict, Examples, InMemory, Splits, groups_of, targets_of
@@ -47,10 +49,12 @@ __all__ = [
     "coloured_fashion_mnist",
     "csv_table",
     "diabetes",
+    "digits_attributes",
     "digits_canvas",
     "digits_lt",
     "digits_scenes",
     "embeddings_npz",
+    "fashion_attributes",
     "fashion_canvas",
     "fashion_mnist_lt",
     "fashion_scenes",
@@ -62,6 +66,7 @@ __all__ = [
     "long_tail_indices",
     "multi_label_csv",
     "multi_task_csv",
+    "paired_csv",
     "rotated_digits",
     "rotated_fashion_mnist",
     "splits_of_tasks",

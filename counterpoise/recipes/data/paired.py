@@ -1,7 +1,7 @@
 """Images with the row of a table each: ``input={"image": .., "table": ..}``, for contrast between the two.
 
-The built-in sets measure their own images (:mod:`~counterpoise.recipes.data.image_attributes`) and add columns of noise:
-the class is in neither, and is read for evaluation alone.
+The built-in sets measure their own images (:mod:`~counterpoise.recipes.data.image_attributes`) and add columns of
+noise: the class is in neither, and is read for evaluation alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class WithTable(Examples):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         rows = self.table[torch.as_tensor(indices)]
         items = self.images.__getitems__(indices)
-        return [{**item, "input": {"image": item["input"], "table": row}} for item, row in zip(items, rows, strict=True)]
+        return [
+            {**item, "input": {"image": item["input"], "table": row}} for item, row in zip(items, rows, strict=True)
+        ]
 
 
 def digits_attributes(

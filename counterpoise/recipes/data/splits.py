@@ -271,7 +271,8 @@ class Splits:
         input_shape: shape of one input (of one view, where there are several).
         group_counts: training examples of each group, or None.
         notes: sentences a report should show, for instance that validation holds few examples of a class.
-        kind: what a target is: "classes" (an index), "labels" ((C,) of 0 and 1), "tasks" (a dict of them) or "pixels".
+        kind: what a target is: "classes" (an index), "labels" ((C,) of 0 and 1), "tasks" (a dict of them) or "pixels";
+            or "pairs": the input is an image and a row of a table.
         facts: further run-time facts by the names that parts use.
     """
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from tests.golden.adapters import (
     asymmetric,
-    clustering,
     cacr_ascl,
+    clustering,
     contrastive,
     coresets,
     dro,
@@ -28,8 +28,8 @@ from tests.golden.runner import Case
 
 ADAPTERS: dict[str, Callable[[Case], dict[str, Any]]] = {
     **asymmetric.ADAPTERS,
-    **clustering.ADAPTERS,
     **cacr_ascl.ADAPTERS,
+    **clustering.ADAPTERS,
     **contrastive.ADAPTERS,
     **coresets.ADAPTERS,
     **dro.ADAPTERS,
