@@ -182,8 +182,9 @@ def in_logarithms(problem: Problem, g: Tensor, count: int) -> Solution:
         log_r = rows.divisor(kernel.row_sums(one)).log()
         rows.raise_ceiling(log_r, kernel.f, ranks)
         moved = rows.log_scaling(log_r, kernel.f)
-        top = ranks.max(largest(moved.masked_fill(rows.reference == 0, -torch.inf))[..., None])
-        s = ranks.sum(kernel.column_sums(rows.reference * (moved - top).exp()))
+        with_mass = rows.without_void(moved)
+        top = ranks.max(largest(with_mass)[..., None])
+        s = ranks.sum(kernel.column_sums(rows.reference * (with_mass - top).exp()))
         log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log() + top
         columns.raise_ceiling(log_s, g, ALONE)
         f, g = kernel.f + problem.epsilon * moved, g + problem.epsilon * columns.log_scaling(log_s, g)
@@ -191,7 +192,7 @@ def in_logarithms(problem: Problem, g: Tensor, count: int) -> Solution:
         f, g = f + c, g - c
     kernel = TiledKernel(problem, g)
     kernel.row_sums(one)
-    u = rows.reference * ((f - kernel.f) / problem.epsilon).exp()
+    u = rows.reference * rows.without_void((f - kernel.f) / problem.epsilon).exp()
     unknown = torch.zeros_like(problem.total)
     return Solution(f, g, kernel, u, one, ranks.sum(kernel.column_sums(u)), unknown, unknown)
 
@@ -201,18 +202,19 @@ def look(problem: Problem, found: Solution, *, measure: bool) -> tuple[float, fl
     kernel, rows, columns = found.kernel, problem.rows, problem.columns
     if measure:
         r = kernel.row_sums(found.v)
-        change = (found.u - rows.scaled(r, kernel.f)).abs() * r
-        found.error, found.mass = problem.ranks.sum(torch.stack([change.sum(-1), (found.u * r).sum(-1)]))
+        row_mass = found.u * r
+        change = (row_mass - rows.best_mass(r, kernel.f)).abs()
+        found.error, found.mass = problem.ranks.sum(torch.stack([change.sum(-1), row_mass.sum(-1)]))
         if problem.shift is not None:
-            found.error = found.error + ((found.v - columns.scaled(found.s, kernel.g)).abs() * found.s).sum(-1)
+            change = (found.v * found.s - columns.best_mass(found.s, kernel.g)).abs()
+            found.error = found.error + change.sum(-1)
         if rows.ceiling is not None:
             found.error = found.error + (found.mass - problem.total).abs()
         found.error = found.error / problem.total
     distances = [((found.f - kernel.f) / problem.epsilon).abs(), ((found.g - kernel.g) / problem.epsilon).abs()]
-    figures = [largest(x.flatten()) for x in (found.error, *distances)]
-    error, of_rows, of_columns = problem.ranks.max(
-        torch.stack(figures).nan_to_num(nan=torch.inf, posinf=torch.inf)
-    ).tolist()
+    figures = torch.stack([largest(x.flatten()) for x in (found.error, *distances)])
+    figures = problem.ranks.max(figures.nan_to_num(nan=torch.inf, posinf=torch.inf))
+    error, of_rows, of_columns = figures.tolist()
     return error, max(of_rows, of_columns)
 
 

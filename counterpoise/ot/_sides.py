@@ -130,6 +130,13 @@ class Side:
             return self.mass / self.divisor(sums)
         return self.reference * self.log_scaling(self.divisor(sums).log(), offset).exp()
 
+    def best_mass(self, sums: Tensor, offset: Tensor) -> Tensor:
+        """Marginal of the plan with the best potential, from sums with an offset."""
+        if self.pull is None and self.ceiling is None:
+            return self.mass
+        log_sums = self.divisor(sums).clamp_min(torch.finfo(sums.dtype).tiny).log()
+        return self.reference * (self.log_scaling(log_sums, offset) + log_sums).exp()
+
     def divisor(self, sums: Tensor) -> Tensor:
         """The sums, without the zeros of entries that have no mass."""
         return sums if self.void is None else sums + self.void

@@ -42,7 +42,7 @@ def supcon(case: Case) -> Outputs:
     features, labels, mask = case.input("features_raw"), case.input("labels"), case.input("mask")
     scale = case.param("scale")
     z = features if scale is None else scale * features
-    positives = None if mask is None else mask.detach()
+    positives = None if mask is None else torch.as_tensor(mask).detach()
     loss = supcon_loss(
         z.transpose(0, 1),
         labels=labels if positives is None else None,
