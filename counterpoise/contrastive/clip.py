@@ -18,11 +18,12 @@ Source: Radford et al., Learning Transferable Visual Models From Natural Languag
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from counterpoise._core import Spec, check_number, in_second_pass, reduce_losses, world_size
+from counterpoise._core import Spec, check_number, reduce_losses, world_size
 from counterpoise.contrastive._pairs import WithScalars, against, as_pairs
 
 
@@ -84,8 +85,8 @@ class CLIPLoss(WithScalars):
     Args:
         temperature: > 0, where it starts or, with ``learn_temperature=False``, stays.
         learn_temperature: the logit scale is a parameter.
-        max_scale: >= 1 / temperature, what a learned scale never exceeds: above it the parameter is put back at every
-            training call.
+        max_scale: >= 1 / temperature, what a learned scale never exceeds: beyond it the parameter counts as this and
+            gets only gradients that lead back.
         direction_weight: lambda in [0, 1].
         normalize: to unit length first.
 
@@ -141,13 +142,24 @@ class CLIPLoss(WithScalars):
         """Embeddings (N, d) of two modalities to the reduced loss; ``bank`` is refused."""
         if bank is not None:
             raise ValueError("CLIPLoss got a bank, expected two modalities only")
-        if self.training and not in_second_pass():
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=math.log(self.max_scale))
         return clip_loss(
             z, other, labels=labels, temperature=1 / self._scale(), weight=weight, mask=mask, **self.options
         )
 
     def _scale(self) -> Tensor:
-        scale = self.logit_scale.exp()
-        return scale + (scale.clamp(max=self.max_scale) - scale).detach()  # clamp alone has no way back from the bound
+        return _AtMost.apply(self.logit_scale.exp(), self.max_scale)
+
+
+class _AtMost(torch.autograd.Function):
+    """Clamps from above; beyond the bound only a gradient that leads back is let through."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, bound: float) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.bound = bound
+        return scale.clamp(max=bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (scale,) = ctx.saved_tensors
+        return torch.where((scale < ctx.bound) | (grads[0] > 0), grads[0], 0), None

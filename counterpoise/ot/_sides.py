@@ -135,7 +135,7 @@ class Side:
         if self.pull is None and self.ceiling is None:
             return self.mass
         log_sums = self.divisor(sums).clamp_min(torch.finfo(sums.dtype).tiny).log()
-        return self.reference * (self.log_scaling(log_sums, offset) + log_sums).exp()
+        return self.reference * self.without_void(self.log_scaling(log_sums, offset) + log_sums).exp()
 
     def divisor(self, sums: Tensor) -> Tensor:
         """The sums, without the zeros of entries that have no mass."""

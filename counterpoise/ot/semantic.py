@@ -95,7 +95,7 @@ def knn_affinity(features: Tensor, num_neighbors: int = 20, bandwidth: float = 2
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*[Ss]parse CSR.*")  # torch calls it a beta
+        warnings.filterwarnings("ignore", ".*[Ss]parse.*")  # torch calls it a beta, and asks about checks
         size = (len(starts) - 1, width)
         return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
 

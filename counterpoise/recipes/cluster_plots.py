@@ -52,10 +52,10 @@ def contingency_plot(share: np.ndarray, classes: Sequence[str], clusters: Sequen
                 if value >= 0.005:
                     color = "#ffffff" if value > 0.8 else COLORS["ink"]
                     axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=8)
-        for axis, names, set_ticks in (("y", classes, axes.set_yticks), ("x", clusters, axes.set_xticks)):
+        for names, set_ticks in ((classes, axes.set_yticks), (clusters, axes.set_xticks)):
             few = len(names) <= MOST_NAMED
             set_ticks(range(len(names)) if few else [], [short_name(name) for name in names] if few else [])
-            axes.tick_params(axis=axis, length=0)
+        axes.tick_params(length=0)
         axes.set_title("Clusters of each class (% of the class)")
         axes.set_xlabel("Cluster")
         axes.set_ylabel("Class")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from counterpoise._core import check_choice, check_number, sum_over_ranks
 from counterpoise.losses import CosineLinear
 from counterpoise.ot import PseudoLabels, knn_affinity, p2ot_labels, two_view_label_loss
-from counterpoise.recipes.clustering_evaluation import class_bands, clustering_metrics, label_free_metrics
+from counterpoise.recipes.clustering_evaluation import clustering_metrics, label_free_metrics
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.evaluation import Scores
 from counterpoise.recipes.heads import feature_extractor
@@ -129,8 +129,8 @@ class Clustering(Recipe):
         self.register_buffer("scale", torch.tensor(1.0))
         self.adapter = identity_linear(width) if adapt and labels != "k_means" else nn.Identity()
         one = nn.Linear if labels == "k_means" else CosineLinear
-        self.heads = nn.ModuleList([one(width, self.num_clusters) for _ in range(heads)])
-        self.engines = nn.ModuleList()
+        self.heads: Any = nn.ModuleList([one(width, self.num_clusters) for _ in range(heads)])
+        self.engines: Any = nn.ModuleList()
         if labels != "k_means":
             self.engines.extend(
                 PseudoLabels(
@@ -200,7 +200,7 @@ class Clustering(Recipe):
         if self.kind == "sp2ot":
             affinity = knn_affinity(features, self.num_neighbors, self.bandwidth)
             for engine in self.engines:
-                engine.set_affinity(affinity)  # type: ignore[operator]
+                engine.set_affinity(affinity)
         if self.kind == "k_means":
             self._set_centres(features)
 
@@ -220,8 +220,8 @@ class Clustering(Recipe):
             for h, head in enumerate(self.heads):
                 found = KMeans(self.num_clusters, n_init=10, random_state=self.seed + h).fit(x)
                 centres = torch.from_numpy(found.cluster_centers_)
-                head.weight.copy_(2 * centres)  # type: ignore[operator, union-attr]
-                head.bias.copy_(-centres.square().sum(1))  # type: ignore[operator, union-attr]
+                head.weight.copy_(2 * centres)
+                head.bias.copy_(-centres.square().sum(1))
                 self.head_loss[h] = found.inertia_ / len(x)
             self.best_head.copy_(self.head_loss.argmin())
 
@@ -235,14 +235,14 @@ class Clustering(Recipe):
         """Tells the schedule of the mass how long the run is."""
         super().on_train_start()
         for engine in self.engines:
-            engine.total_steps = max(int(self.trainer.estimated_stepping_batches), 1)  # type: ignore[assignment]
+            engine.total_steps = max(int(self.trainer.estimated_stepping_batches), 1)
 
     def on_train_epoch_start(self) -> None:
         """An encoder that is not trained keeps its statistics too."""
         super().on_train_epoch_start()
         self.model.train(self.train_encoder)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
         """The losses of all heads, each with labels of its own."""
         if self.kind == "k_means":
             return None
@@ -259,12 +259,12 @@ class Clustering(Recipe):
             mass = engine.mass
             q1, q2 = engine(logits, batch["index"])
             losses.append(self.loss(logits[0], q2, **given) + self.loss(logits[1], q1, **given))
-            self.head_loss[h] += losses[-1].detach() / mass  # type: ignore[operator]
-            self.head_mass[h] += engine.last.column_mass  # type: ignore[operator, union-attr]
+            self.head_loss[h] += losses[-1].detach() / mass
+            self.head_mass[h] += engine.last.column_mass
         self.head_steps += 1
         total = torch.stack(losses).sum()
         self.log_training("loss", total, batch)
-        self.log_training("mass", torch.tensor(float(self.engines[0].mass)), batch)  # type: ignore[arg-type]
+        self.log_training("mass", torch.tensor(mass), batch)
         return total
 
     # Evaluation
@@ -325,7 +325,7 @@ class Clustering(Recipe):
     def evaluate(self, predictions: dict[str, Tensor], data: LabelledData) -> Scores:
         """Clusters against the classes of a split where they are known, and by themselves."""
         logits = predictions["logits"].cpu()
-        free = label_free_metrics(logits.softmax(1))
+        free: dict[str, float | None] = {**label_free_metrics(logits.softmax(1))}
         if not self.labelled:
             return Scores(free, {}, ["The data have no classes: what needs none is reported."])
         found = self._compare(logits, predictions["target"], data.class_counts)
@@ -342,7 +342,8 @@ class Clustering(Recipe):
         logits = torch.cat([self(batch["input"].to(self.device)).float().cpu() for batch in batches])
         confidence, cluster = logits.softmax(1).max(1)
         arrays = {"index": torch.arange(len(cluster)), "cluster": cluster, "confidence": confidence}
-        np.savez_compressed(folder / "clusters.npz", **{name: x.numpy() for name, x in arrays.items()})
+        given: dict[str, Any] = {name: x.numpy() for name, x in arrays.items()}
+        np.savez_compressed(folder / "clusters.npz", **given)
         sizes = cluster.bincount(minlength=self.num_clusters)
         found: dict[str, Any] = {
             "size": sizes.tolist(),
@@ -400,4 +401,4 @@ def _check_parts(loss: nn.Module, reweighter: nn.Module | None, labelled: bool, 
         raise ValueError("num_clusters is None, and the data have no classes: expected how many clusters to find")
 
 
-__all__ = ["LABELS", "Clustering", "agreement", "class_bands", "identity_linear", "load_encoder"]
+__all__ = ["LABELS", "Clustering", "agreement", "identity_linear", "load_encoder"]

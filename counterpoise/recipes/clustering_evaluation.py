@@ -146,7 +146,7 @@ def class_bands(
     return bands
 
 
-def label_free_metrics(probabilities: Tensor) -> dict[str, float | None]:
+def label_free_metrics(probabilities: Tensor) -> dict[str, float]:
     """What can be said of clusters without classes.
 
     Args:

@@ -59,7 +59,9 @@ class Paired(Recipe):
         num_classes: C; 1 where classes are not known.
         train_table: (N, d) the training rows of the table, standardised.
         column_of: (d,) the column of the original table that each entry comes from; None = a column each.
-        reweighter, optimizer, scheduler: see :class:`~counterpoise.recipes.module.Recipe`.
+        reweighter, scheduler: see :class:`~counterpoise.recipes.module.Recipe`.
+        optimizer: parameters to an optimiser; None = AdamW, learning rate 2e-3: plain gradient steps suit no learned
+            temperature or bias.
         views: of the training images, one each; None = the images as they are. What a table says of an image, its
             views should leave alone.
         corruption: share of the columns in [0, 1] that hold other rows' values in training.
@@ -98,7 +100,7 @@ class Paired(Recipe):
         seed: int = 0,
     ) -> None:
         encoder, width = feature_extractor(model)
-        super().__init__(encoder, loss, reweighter=reweighter, optimizer=optimizer, scheduler=scheduler)
+        super().__init__(encoder, loss, reweighter=reweighter, optimizer=optimizer or adamw, scheduler=scheduler)
         needs = [need for need in _needs(loss) if need in ("momentum_encoder", "predictor", "bank")]
         if needs:
             raise ValueError(f"loss {type(loss).__name__} needs a {needs[0]}, expected an objective of two embeddings")
@@ -115,7 +117,7 @@ class Paired(Recipe):
         self.sections = paired_sections(labelled=num_classes > 1)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Pairs to embeddings (N, dim) of images and of tables, not normalised."""
         return self.image_projection(self.model(x["image"])), self.table_projection(self.table_model(x["table"]))
 
@@ -199,10 +201,11 @@ class Paired(Recipe):
     def finish(self, folder: Path, data: LabelledData, predictions: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         """Writes embeddings.npz, and gives the report similarities, recalls and pictures."""
         features, targets = self.train_features(data)
-        arrays = {"features": features, "targets": targets}
+        arrays: dict[str, Any] = {"features": features.numpy(), "targets": targets.numpy()}
         for split, found in predictions.items():
-            arrays |= {f"{split}_features": found["features"], f"{split}_targets": found["target"]}
-        np.savez_compressed(folder / "embeddings.npz", **{name: x.cpu().numpy() for name, x in arrays.items()})
+            arrays[f"{split}_features"] = found["features"].cpu().numpy()
+            arrays[f"{split}_targets"] = found["target"].cpu().numpy()
+        np.savez_compressed(folder / "embeddings.npz", **arrays)
         image, table = (predictions["test"][name].cpu() for name in ("image", "table"))
         some = pair_similarities(image[:MOST_WATCHED], table[:MOST_WATCHED])
         return {
@@ -210,6 +213,11 @@ class Paired(Recipe):
             "recalls": {name: rank_curve(pair_ranks(*pair)) for name, pair in _both(image, table)},
             "retrieved": retrieved_pictures(data, image, table),
         }
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """What the configuration of the recipe names."""
+    return torch.optim.AdamW(parameters, lr=2e-3)
 
 
 def _needs(loss: nn.Module) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def histogram_figure(run: RunFolder) -> Figure:
 
 def bands_figure(run: RunFolder) -> Figure:
     """The same on validation pairs, by epoch."""
-    bands = {}
+    bands: dict[str, Any] = {}
     for name, label in (("positive", "image and its row"), ("negative", "image and another row")):
         columns = [run.history.get(f"val/{name}_similarity_{q}") for q in (10, 50, 90)]
         if any(c is None for c in columns):

@@ -31,6 +31,7 @@ MANDATORY = {
     "data/image_folder": ["data.root=images"],
     "data/multi_label_csv": ["data.path=table.csv", "data.labels=y"],
     "data/multi_task_csv": ["data.path=table.csv", "data.classifications=[y]"],
+    "data/paired_csv": ["data.path=pairs.csv", "data.image=file"],
     "loss/static_weighting": ["loss.task_weights=[1.0,0.001,100.0]"],
     "sampler/coreset": ["sampler.indices=indices.npy"],
     "sampler/score": ["sampler.scores=scores.npy"],
@@ -40,6 +41,8 @@ NEEDS_OTHERS = {
     "data/digits_scenes": ["recipe=semi_segmentation"],
     "data/multi_label_csv": ["recipe=multi_label"],
     "data/multi_task_csv": ["recipe=multi_task", "model=mlp"],
+    "data/digits_attributes": ["recipe=paired"],
+    "data/paired_csv": ["recipe=paired"],
     "data/rotated_digits": ["recipe=multi_task"],
     "loss/equal_weighting": ["recipe=multi_task"],
     "loss/static_weighting": ["recipe=multi_task"],
@@ -48,6 +51,7 @@ NEEDS_OTHERS = {
     "loss/gml": ["recipe=gml"],
     **dict.fromkeys(["loss/barlow_twins", "loss/ntxent"], ["recipe=self_supervised"]),
     "loss/supcon": ["recipe=supervised_contrastive"],
+    **{f"loss/{name}": ["recipe=paired"] for name in ("clip", "convirt", "image_tabular_clip", "siglip")},
     **{
         f"loss/{name}": ["recipe=self_supervised"]
         for name in ("ascl", "ascl_byol", "byol", "cacr", "cw_rgp", "simsiam", "swav", "vicreg", "wmse")
@@ -65,15 +69,12 @@ NOT_BUILT = {
             "data/cifar100_lt",
             "data/fashion_mnist_lt",
             "data/coloured_fashion_mnist",
+            "data/fashion_attributes",
             "data/fashion_canvas",
             "data/fashion_scenes",
             "data/rotated_fashion_mnist",
         ],
         "needs files that are downloaded",
-    ),
-    **dict.fromkeys(
-        ["loss/clip", "loss/convirt", "loss/image_tabular_clip", "loss/siglip"],
-        "takes two modalities, which no built-in data have",
     ),
     **dict.fromkeys(["logger/mlflow", "logger/wandb", "recipe/gradient_surgery"], "needs an extra of its own"),
 }
@@ -101,6 +102,7 @@ DIFFERENT = {
     ("data/multi_label_csv", "batch_size"): SMALL,
     ("data/multi_task_csv", "batch_size"): SMALL,
     ("data/rotated_digits", "batch_size"): SMALL,
+    **dict.fromkeys([("data/digits_attributes", "batch_size"), ("data/paired_csv", "batch_size")], SMALL),
     ("logger/csv", "name"): IN_RUN_FOLDER,
     ("logger/mlflow", "experiment_name"): "runs of a recipe belong together",
     ("logger/mlflow", "tracking_uri"): IN_RUN_FOLDER,
@@ -127,6 +129,10 @@ DIFFERENT = {
     ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
     **dict.fromkeys([("recipe/gml", key) for key in ("augment", "contrast_augment", "seed")], "two views that differ"),
     ("recipe/gml", "shift"): "small images",
+    **dict.fromkeys(
+        [("recipe/paired", key) for key in ("views", "num_views", "crop", "contrast", "brightness", "noise")],
+        "what a table says of an image, its view leaves alone",
+    ),
     ("scheduler/cosine", "warmup"): "5 % of the steps, so that a first large step cannot diverge",
     ("scheduler/multistep", "factor"): PAPER,
     ("scheduler/multistep", "warmup"): PAPER,
@@ -144,6 +150,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(6):
             Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "images" / label / f"{i}.png")
+    pairs = [f"images/{label}/{i}.png,{i},{label}" for label in ("cat", "dog") for i in range(6)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["file,number,word", *pairs]))
     with as_if_alone(tmp_path, ["counterpoise-train"]):
         yield tmp_path
 

@@ -62,14 +62,16 @@ def embeddings_npz(
         if given is not None:
             parts[split] = _part(arrays, f"{split}_", labelled)
         else:
-            held, rest = _cut(parts["train"][1], fraction, labelled, seed)
-            parts[split], parts["train"] = (tuple(x[rows] for x in parts["train"]) for rows in (held, rest))
-    mean, std = (parts["train"][0].mean(0), parts["train"][0].std()) if standardize else (0.0, 1.0)
-    std = std if float(std) > 0 else 1.0
+            x, y = parts["train"]
+            held, rest = _cut(y, fraction, labelled, seed)
+            parts[split], parts["train"] = (x[held], y[held]), (x[rest], y[rest])
+    mean, std = _moments(parts["train"][0]) if standardize else (0.0, 1.0)
     sets = {name: InMemory(x, y, mean=mean, std=std) for name, (x, y) in parts.items()}
     counts = {name: part.targets.bincount(minlength=len(names)).tolist() for name, part in sets.items()}
     splits = Splits(
-        **sets,
+        train=sets["train"],
+        val=sets["val"],
+        test=sets["test"],
         class_names=names,
         class_counts=counts["train"],
         input_shape=tuple(parts["train"][0].shape[1:]),
@@ -81,6 +83,12 @@ def embeddings_npz(
         facts={"labelled": labelled},
     )
     return data_module(splits, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, float]:
+    """Mean (d,) and the one standard deviation of all entries around it."""
+    mean = x.mean(0)
+    return mean, float((x - mean).square().mean().sqrt()) or 1.0
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -102,8 +110,8 @@ def _part(arrays: Mapping[str, np.ndarray], prefix: str, labelled: bool) -> tupl
     features = _find(arrays, "features", prefix)
     if features is None:
         raise ValueError(f"path holds the arrays {sorted(arrays)}, expected {prefix}features (N, d)")
-    width = np.shape(_find(arrays, "features", ""))[-1:]
-    if features.ndim != 2 or not len(features) or features.shape[1:] != width:
+    first = _find(arrays, "features", "")
+    if features.ndim != 2 or not len(features) or first is None or features.shape[1:] != first.shape[1:]:
         raise ValueError(f"{prefix}features has shape {features.shape}, expected (N, d) with N >= 1 and one d")
     if not np.issubdtype(features.dtype, np.number) or not np.isfinite(features).all():
         raise ValueError(f"{prefix}features holds {features.dtype} that is not finite, expected finite numbers")
