@@ -17,7 +17,12 @@ import counterpoise
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = Path(counterpoise.__file__).parent / "recipes" / "conf"
-ROOMS = {"losses": "Losses", "contrastive": "Contrastive objectives", "samplers": "Reweighters and samplers"}
+ROOMS = {
+    "losses": "Losses",
+    "contrastive": "Contrastive objectives",
+    "samplers": "Reweighters and samplers",
+    "ot": "Optimal transport",
+}
 WORDS = {"verified": "verified", "derived": "derived", "from_memory": "from memory"}
 
 
@@ -73,7 +78,7 @@ def short_table() -> str:
         for part in parts(room)
     ]
     rows += [
-        [f"`{room}.{name}()`", "function", "derived" if "derived" in source else "verified", source]
+        [f"`{room}.{name}()`", "function", "derived" if re.search("derived(?! here)", source) else "verified", source]
         for room in ROOMS
         for name, source in functions(room)
     ]

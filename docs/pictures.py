@@ -32,6 +32,7 @@ def save(name: str, draw: object, panels: int = 1) -> None:
 
 
 def focal(axes: Axes) -> None:
+    """The loss of a positive against its probability."""
     p = torch.linspace(0.01, 0.999, 200)
     z, t = torch.logit(p)[:, None], torch.ones(200, 1)
     for gamma, style in ((0.0, ":"), (0.5, "-."), (2.0, "-"), (5.0, "--")):
@@ -43,6 +44,7 @@ def focal(axes: Axes) -> None:
 
 
 def asymmetric(axes: Axes) -> None:
+    """The gradient of an absent label against its probability."""
     p = torch.linspace(0.001, 0.99, 200)
     for label, gamma, clip, style in (
         ("cross-entropy", 0.0, 0.0, ":"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,8 +15,6 @@ from counterpoise.ot._sides import Ranks, Side
 from counterpoise.ot._unrolled import unroll, unrolled_plan
 from counterpoise.ot.costs import PointCost
 from counterpoise.ot.result import OTResult, Parts
-
-DIFFERENTIABLE_TO = 1e-3  # error beyond which an implicit gradient is another problem's
 
 
 def transport(
@@ -46,7 +43,7 @@ def transport(
         if gradient in ("envelope", "implicit"):
             value = with_envelope(problem, cost, a, b, value, plan, f, g, parts)
         if gradient == "implicit" and plan is not None:
-            plan = with_implicit(problem, cost, a, b, plan, found.error)
+            plan = with_implicit(problem, cost, a, b, plan)
     entropy = entropy_value(problem, a, b, value) if centred else None
     return OTResult(plan, f, g, value, found.error, found.iterations, found.converged, entropy, parts)
 
@@ -119,14 +116,7 @@ def with_envelope(
     return EnvelopeValueOfPoints.apply(*cost.points, a, b, value, parts, f, g, da, db, sync)
 
 
-def with_implicit(
-    problem: Problem, cost: Tensor | PointCost, a: Tensor, b: Tensor, plan: Tensor, error: Tensor
-) -> Tensor:
+def with_implicit(problem: Problem, cost: Tensor | PointCost, a: Tensor, b: Tensor, plan: Tensor) -> Tensor:
     """The plan with its gradient."""
-    if float(error.max()) > DIFFERENTIABLE_TO:
-        warnings.warn(
-            f"marginal_error is above {DIFFERENTIABLE_TO}: the implicit gradient of the plan holds at convergence only",
-            stacklevel=4,
-        )
     slacks = [None if side.damping is None else 1 / side.damping for side in (problem.rows, problem.columns)]
     return ImplicitPlan.apply(cost, a, b, plan, *slacks, problem.product, problem.epsilon, problem.ranks.several)

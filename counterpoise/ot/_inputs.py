@@ -87,7 +87,7 @@ def check_settings(
         return
     check_number("scaling", scaling, 0, 1, open_low=True)
     if scaling == 1:
-        raise ValueError('scaling is 1, expected a factor below 1, "auto" or None')
+        raise ValueError(f'scaling is {scaling}, expected a factor below 1, "auto" or None')
 
 
 def check_formed(cost: Tensor | PointCost, gradient: str) -> None:

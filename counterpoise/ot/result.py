@@ -10,6 +10,8 @@ from torch import Tensor
 
 from counterpoise.ot.costs import PointCost, rows_of, tiles
 
+DIFFERENTIABLE_TO = 1e-3
+
 
 @dataclass(frozen=True)
 class OTResult:
@@ -83,12 +85,21 @@ def barycenters_of(plan: Tensor, values: Tensor) -> Tensor:
     return plan @ values.to(plan.dtype) / torch.where(mass > 0, mass, 1)
 
 
-def warn_unless_converged(name: str, converged: bool, tolerance: float, max_iterations: int) -> None:
-    """A warning at the line that called the solver; none where a fixed number of iterations was asked for."""
-    if converged or tolerance == 0:
-        return
-    warnings.warn(
-        f"{name} did not converge in {max_iterations} iterations, result.marginal_error says by how much: "
-        "raise max_iterations, tolerance or epsilon",
-        stacklevel=3,
-    )
+def warn_unless_converged(
+    name: str, converged: bool, tolerance: float, max_iterations: int, *, implicit_at: Tensor | None = None
+) -> None:
+    """Warnings at the line that called the solver; none where a fixed number of iterations was asked for.
+
+    Except of an implicit gradient, which is another problem's where the error, ``implicit_at``, is large.
+    """
+    if not converged and tolerance > 0:
+        warnings.warn(
+            f"{name} did not converge in {max_iterations} iterations, result.marginal_error says by how much: "
+            "raise max_iterations, tolerance or epsilon",
+            stacklevel=3,
+        )
+    if implicit_at is not None and float(implicit_at.max()) > DIFFERENTIABLE_TO:
+        warnings.warn(
+            f"marginal_error is above {DIFFERENTIABLE_TO}: the implicit gradient of the plan holds at convergence only",
+            stacklevel=3,
+        )

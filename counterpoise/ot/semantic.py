@@ -104,7 +104,7 @@ def sub_affinity(affinity: Tensor, index: Tensor) -> Tensor:
     """The affinity of the examples ``index`` (M,) among each other, (M, M) sparse CSR; an index may occur twice."""
     ones = torch.ones(len(index), dtype=affinity.dtype, device=affinity.device)
     places = torch.stack([torch.arange(len(index), device=index.device), index.long()]).to(affinity.device)
-    chosen = torch.sparse_coo_tensor(places, ones, (len(index), len(affinity)))
+    chosen = torch.sparse_coo_tensor(places, ones, (len(index), len(affinity)), check_invariants=False)
     rows = torch.sparse.mm(chosen, affinity.to_sparse_coo())
     return _as_csr(torch.sparse.mm(rows, chosen.t()))
 

@@ -76,7 +76,8 @@ def sinkhorn(
 
     settings = (epsilon, max_iterations, tolerance)
     result = balanced(cost, a, b, ranks, *settings, gradient=gradient, scaling=scaling)
-    warn_unless_converged("sinkhorn", result.converged, tolerance, max_iterations)
+    implicit_at = result.marginal_error if gradient == "implicit" else None
+    warn_unless_converged("sinkhorn", result.converged, tolerance, max_iterations, implicit_at=implicit_at)
     return result
 
 

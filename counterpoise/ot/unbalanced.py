@@ -109,7 +109,8 @@ def unbalanced_sinkhorn(
         gradient=gradient,
         scaling=scaling,
     )
-    warn_unless_converged("unbalanced_sinkhorn", result.converged, tolerance, max_iterations)
+    implicit_at = result.marginal_error if gradient == "implicit" else None
+    warn_unless_converged("unbalanced_sinkhorn", result.converged, tolerance, max_iterations, implicit_at=implicit_at)
     return result
 
 

@@ -59,6 +59,7 @@ class Clustering(Recipe):
             "semi_relaxed" (all mass from the start), "uniform" (clusters of equal size), or "k_means", a baseline that
             trains nothing.
         heads: >= 1, trained beside each other; the one of the lowest loss counts.
+        init: of the heads: "random" as published, or "k_means": the centres of the features from before training.
         adapt: put a linear map behind the encoder, the identity at the start.
         train_encoder: train it, or leave it as it is.
         encoder_checkpoint: of a run of another recipe with the same model, whose encoder is taken; None = none.
@@ -89,6 +90,7 @@ class Clustering(Recipe):
         num_clusters: int | None = None,
         labels: str = "p2ot",
         heads: int = 1,
+        init: str = "random",
         adapt: bool = True,
         train_encoder: bool = True,
         encoder_checkpoint: str | None = None,
@@ -114,11 +116,13 @@ class Clustering(Recipe):
         encoder, width = feature_extractor(model)
         super().__init__(encoder, loss, optimizer=optimizer, scheduler=scheduler)
         check_choice("labels", labels, LABELS)
+        check_choice("init", init, ("random", "k_means"))
         check_number("heads", heads, 1)
         check_number("logit_scale", logit_scale, 0, open_low=True)
         self.num_clusters = num_classes if num_clusters is None else num_clusters
         check_number("num_clusters", self.num_clusters, 1, num_examples)
         self.num_classes, self.labelled, self.kind, self.seed = num_classes, labelled, labels, seed
+        self.init = init
         self.train_encoder, self.logit_scale = train_encoder, logit_scale
         self.num_neighbors, self.bandwidth = num_neighbors, bandwidth
         self.views = views or Views()
@@ -154,6 +158,7 @@ class Clustering(Recipe):
         self.register_buffer("head_steps", torch.tensor(0))
         self.mass_by_epoch: list[list[float]] = []
         self._initial: nn.Module | None = None
+        self._resumed = False
         self._seen: list[tuple[Tensor, ...]] = []
 
     mean: Tensor
@@ -201,8 +206,9 @@ class Clustering(Recipe):
             affinity = knn_affinity(features, self.num_neighbors, self.bandwidth)
             for engine in self.engines:
                 engine.set_affinity(affinity)
-        if self.kind == "k_means":
+        if "k_means" in (self.kind, self.init) and not self._resumed:
             self._set_centres(features)
+        self._resumed = False
 
     @torch.no_grad()
     def _initial_features(self, data: LabelledData) -> Tensor:
@@ -211,19 +217,22 @@ class Clustering(Recipe):
         batches = data.in_order(data.splits.train)
         return torch.cat([encoder(batch["input"].to(self.device)).flatten(1).float() for batch in batches])
 
+    @torch.no_grad()
     def _set_centres(self, features: Tensor) -> None:
-        """Heads that score the squared distance to the centres, less what all have in common."""
+        """Heads at the centres of k-means; to score the squared distance to them, less what all have in common."""
         from sklearn.cluster import KMeans
 
         x = features.double().cpu().numpy()
-        with torch.no_grad():
-            for h, head in enumerate(self.heads):
-                found = KMeans(self.num_clusters, n_init=10, random_state=self.seed + h).fit(x)
-                centres = torch.from_numpy(found.cluster_centers_)
-                head.weight.copy_(2 * centres)
+        inertia = []
+        for h, head in enumerate(self.heads):
+            found = KMeans(self.num_clusters, n_init=10, random_state=self.seed + h).fit(x)
+            centres = torch.from_numpy(found.cluster_centers_)
+            head.weight.copy_(2 * centres)
+            if self.kind == "k_means":
                 head.bias.copy_(-centres.square().sum(1))
-                self.head_loss[h] = found.inertia_ / len(x)
-            self.best_head.copy_(self.head_loss.argmin())
+            inertia.append(float(found.inertia_))
+        if self.kind == "k_means":
+            self.best_head.fill_(int(np.argmin(inertia)))
 
     # Training
 
@@ -307,6 +316,7 @@ class Clustering(Recipe):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Goes on behind those."""
         self.mass_by_epoch = [list(row) for row in checkpoint["mass_by_epoch"]]
+        self._resumed = True
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What predictions.npz holds: index, logits (N, K), and target where classes are known."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from counterpoise._core import check_choice, check_number
-from counterpoise.contrastive.diagnostics import collapse_statistics
+from counterpoise.contrastive import SwAVLoss, collapse_statistics
 from counterpoise.distributed import gather_rows
 from counterpoise.memory import MemoryBank, MomentumEncoder, momentum_schedule
 from counterpoise.recipes.data.datamodule import LabelledData
@@ -110,7 +110,7 @@ class SelfSupervised(Recipe):
         self.projection = ProjectionHead(width, dim, hidden, layers)
         self.prediction = PredictionHead(dim, hidden) if "predictor" in needs else None
         self.against_teacher = "momentum_encoder" in needs
-        has_teacher = self.against_teacher or size > 0
+        has_teacher = self.against_teacher or (size > 0 and not isinstance(loss, SwAVLoss))  # SwAV queues its own
         self.teacher = MomentumEncoder(nn.Sequential(encoder, self.projection)) if has_teacher else None
         self.bank = MemoryBank(size, dim) if size else None
         self._check_views()
@@ -149,7 +149,7 @@ class SelfSupervised(Recipe):
             )
             with torch.no_grad():
                 other = self.teacher(seen.flatten(0, 1)).view(len(seen), n, -1)
-            self._keys = other[-1]
+        self._keys = z.detach().view(v, n, -1)[-1] if other is None else other[-1]
         total = self.objective(queries.view(v, n, -1), other, batch)
         self.log_training("loss", total, batch)
         return total

@@ -62,9 +62,9 @@ def weights(made: Clustering) -> Tensor:
 @pytest.mark.parametrize("labels", LABELS)
 def test_it_finds_clusters_of_unequal_size(labels: str, file: Path, tmp_path: Path) -> None:
     data = embeddings_npz(path=str(file), batch_size=32)
-    found = fit(recipe(data, labels), data, folder=tmp_path / "run", max_epochs=12, **QUIET)
+    found = fit(recipe(data, labels, init="k_means"), data, folder=tmp_path / "run", max_epochs=8, **QUIET)
     training = found.metrics["clusters"]["training"]
-    assert training["mutual_information"] > (0.6 if labels == "uniform" else 0.85)
+    assert training["mutual_information"] > 0.75
     assert found["mutual_information"] > 0.5
     page = found.report.read_text()
     assert "Table of clusters" not in page  # the name of a block that failed
@@ -75,15 +75,29 @@ def test_it_finds_clusters_of_unequal_size(labels: str, file: Path, tmp_path: Pa
     assert np.bincount(saved["cluster"], minlength=4).tolist() == found.metrics["clusters"]["size"]
 
 
-def test_unequal_clusters_need_labels_that_allow_them(file: Path, tmp_path: Path) -> None:
-    """The effect that the method is for: equal clusters must split the largest class."""
-    found = {}
-    for labels in ("uniform", "p2ot"):
-        data = embeddings_npz(path=str(file), batch_size=32)
-        found[labels] = fit(recipe(data, labels), data, folder=tmp_path / labels, max_epochs=12, **QUIET).metrics
-    of = {name: metrics["clusters"] for name, metrics in found.items()}
-    assert of["p2ot"]["training"]["accuracy"] > of["uniform"]["training"]["accuracy"] + 0.1
-    assert max(of["p2ot"]["size"]) > max(of["uniform"]["size"])
+def gaussians(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ten overlapping classes in 24 dimensions, the largest fifty times the smallest."""
+    generator = np.random.default_rng(seed)
+    sizes = [max(8, int(600 * 0.02 ** (k / 9))) for k in range(10)]
+    targets = np.repeat(np.arange(10), sizes)
+    noise = 0.9 * generator.normal(size=(len(targets), 24))
+    return (generator.normal(size=(10, 24))[targets] + noise).astype(np.float32), targets
+
+
+@pytest.mark.slow
+def test_the_more_sizes_may_differ_the_more_clusters_tell(tmp_path: Path) -> None:
+    """Mutual information: equal clusters < semi-relaxed < P2OT, in the mean over five random states."""
+    told: dict[str, list[float]] = {"uniform": [], "semi_relaxed": [], "p2ot": []}
+    for seed in range(100, 105):
+        features, targets = gaussians(seed)
+        np.savez(tmp_path / "x.npz", features=features, targets=targets)
+        for labels, values in told.items():
+            data = embeddings_npz(path=str(tmp_path / "x.npz"), batch_size=256, seed=seed)
+            made = recipe(data, labels, bank_size=1024)
+            found = fit(made, data, folder=tmp_path / labels, max_epochs=25, seed=seed, **QUIET)
+            values.append(found.metrics["clusters"]["training"]["mutual_information"])
+    uniform, semi_relaxed, p2ot = (np.mean(values) for values in told.values())
+    assert uniform + 0.03 < semi_relaxed < p2ot
 
 
 def test_images_and_several_heads(tmp_path: Path) -> None:
@@ -148,7 +162,7 @@ def test_it_resumes_exactly(labels: str, stop: tuple[int, int], file: Path, tmp_
         return fit(made, data, folder=tmp_path / folder, max_epochs=4, callbacks=[saved], **QUIET, **options)
 
     data = embeddings_npz(path=str(file), batch_size=32)
-    whole, stopped, again = (recipe(data, labels, heads=2, bank_size=50) for _ in range(3))
+    whole, stopped, again = (recipe(data, labels, heads=2, bank_size=50, init="k_means") for _ in range(3))
     expected = run(whole, "whole")
     stopped.on_train_batch_start = killing  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -214,6 +228,7 @@ def test_an_encoder_of_another_run_is_taken(tmp_path: Path) -> None:
     [
         ({"labels": "p2t"}, "labels is 'p2t'"),
         ({"heads": 0}, "heads is 0"),
+        ({"init": "kmeans"}, "init is 'kmeans'"),
         ({"num_clusters": 100_000}, "num_clusters is 100000"),
         ({"labelled": False}, "the data have no classes"),
         ({"reweighter": CVaR()}, "reweighter is a CVaR"),

@@ -49,7 +49,8 @@ NEEDS_OTHERS = {
     "loss/uncertainty_weighting": ["recipe=multi_task"],
     "model/small_unet": ["recipe=semi_segmentation"],
     "loss/gml": ["recipe=gml"],
-    **dict.fromkeys(["loss/barlow_twins", "loss/ntxent"], ["recipe=self_supervised"]),
+    "loss/barlow_twins": ["recipe=self_supervised"],
+    "loss/ntxent": ["recipe=self_supervised"],
     "loss/supcon": ["recipe=supervised_contrastive"],
     **{f"loss/{name}": ["recipe=paired"] for name in ("clip", "convirt", "image_tabular_clip", "siglip")},
     **{

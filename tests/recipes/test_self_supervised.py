@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from counterpoise.contrastive import BarlowTwinsLoss, NTXentLoss, ntxent_loss
+from counterpoise.contrastive import BarlowTwinsLoss, NTXentLoss, SwAVLoss, ntxent_loss
 from counterpoise.losses import CrossEntropyLoss
 from counterpoise.memory import MomentumEncoder
 from counterpoise.recipes import Checkpoints, SelfSupervised, SmallCNN, SupervisedContrastive, Views, fit
@@ -73,6 +73,17 @@ def test_with_a_bank_the_keys_are_a_teachers_and_are_queued_behind_the_step() ->
     assert int(recipe.bank.filled) == 13
     moved = [float((p - b).abs().max()) for p, b in zip(recipe.teacher.parameters(), before, strict=True)]
     assert any(abs(x - 0.1) < 1e-6 for x in moved)
+
+
+def test_swav_queues_embeddings_of_its_own() -> None:
+    recipe = made(SwAVLoss(num_prototypes=5, embedding_dim=6), bank_size=20)
+    assert recipe.teacher is None
+    assert recipe.bank is not None
+    twin = copy.deepcopy(recipe)
+    recipe.training_step(batch(), 0)
+    recipe.on_train_batch_end(None, batch(), 0)
+    keys = torch.nn.functional.normalize(embedded(twin, batch())[-1].detach(), dim=1)
+    assert_close(recipe.bank.keys[:8], keys)
 
 
 def digits() -> LabelledData:
