@@ -13,6 +13,9 @@ what keeps K in the range of its floating type:
   kernel that is built anew for every iteration, in tiles, each row divided by its largest entry: the log domain at the
   price of two exponentials an entry and iteration. There a column sum that underflows counts as the smallest number,
   which only makes that step shorter.
+- Where iterations go on to a tolerance, each ten of them are a step of Anderson's acceleration: the next start at
+  a mixture of the last logarithms of V. Near-ties of costs take thousands of plain iterations otherwise. A fixed number
+  of iterations is plain.
 
 Points are always taken in tiles, their rows divided by the largest entry; offsets of columns are absorbed as above.
 With rows split over ranks, R and U are local and only sums over rows are reduced, so that all ranks stop together.
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from counterpoise.ot._anderson import Anderson
 from counterpoise.ot._kernels import DenseKernel, Problem, TiledKernel
 from counterpoise.ot._sides import Ranks, largest, safe_log
 from counterpoise.ot.costs import rows_of, tiles
@@ -36,7 +40,7 @@ from counterpoise.ot.costs import rows_of, tiles
 CHECK_EVERY = 10
 ABSORB_BEYOND = {torch.float32: 20.0, torch.float64: 100.0}  # of a scaling, in logarithms
 ALONE = Ranks(sync=False)
-SMALL = 200  # times epsilon: a larger spread of the costs is come down to in steps
+SMALL = 500  # times epsilon: a larger spread of the costs is come down to in steps
 
 
 @dataclass
@@ -123,7 +127,8 @@ def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
 
 def iterate(problem: Problem, f: Tensor, g: Tensor, max_iterations: int, tolerance: float) -> Solution:
     """At one entropy, from potentials that a kernel can hold."""
-    kernel, v, sides = problem.kernel(f, g), problem.columns.reference, (problem.rows, problem.columns)
+    one, sides = problem.columns.reference, (problem.rows, problem.columns)
+    kernel, v, path = problem.kernel(f, g), one, Anderson()
     limit = max(tolerance, 8 * torch.finfo(g.dtype).eps)
     done = 0
     while True:
@@ -141,9 +146,19 @@ def iterate(problem: Problem, f: Tensor, g: Tensor, max_iterations: int, toleran
         found.iterations, found.converged = done, tolerance > 0 and error <= limit
         if found.converged or done >= max_iterations:
             return found
-        g, v = found.g, found.v
+        g = found.g
         if lost or moved > ABSORB_BEYOND[g.dtype]:
-            kernel, v = problem.kernel(found.f, g), problem.columns.reference
+            kernel, v, path = problem.kernel(found.f, g), one, Anderson()
+        else:
+            v = found.v if tolerance == 0 else accelerated(path, one, v, found.v)
+
+
+def accelerated(path: Anderson, one: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """V to go on with, from those before and after some iterations; ``one`` is V where nothing is scaled."""
+    logs = [torch.where(one > 0, (v / one).log(), 0).flatten() for v in (before, after)]
+    if not bool(torch.stack(logs).isfinite().all()):
+        return after
+    return one * path.next(*logs).reshape(one.shape).exp()
 
 
 def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, count: int) -> Solution:

@@ -100,20 +100,22 @@ class Side:
         """(..., 1) lambda at which the plan has its mass m: sum_i min(s w_i, a_i) = m for s = exp(lambda / epsilon).
 
         Newton steps for a function that is concave and piecewise linear, from the last lambda: few are enough, since
-        iterations make up for what is left.
+        iterations make up for what is left. log w is the first line.
         """
-        logs = torch.where(self.reference > 0, log_sums - offset / self.epsilon, -torch.inf)
-        top = ranks.max(largest(logs)[..., None])
-        weights = (logs - top).exp()
-        first = ceiling.amount / ranks.sum(weights.sum(-1, keepdim=True))
-        s = torch.maximum((ceiling.value / self.epsilon + top).exp(), first).detach()
+        logs, log_mass, m = self.without_void(log_sums - offset / self.epsilon), safe_log(self.mass), ceiling.amount
+        least = m.log() - ranks.logsumexp(logs[..., None])  # no a_i binds
+        level = torch.maximum(ceiling.value / self.epsilon, least).detach()
+        kind = torch.finfo(m.dtype)
         for _ in range(NEWTON_STEPS):
-            free = s * weights < self.mass
-            parts = torch.stack([torch.where(free, s * weights, self.mass), torch.where(free, weights, 0)])
-            held, slope = ranks.sum(parts.sum(-1, keepdim=True))
-            step = torch.maximum(s + (ceiling.amount - held) / torch.where(slope > 0, slope, 1), first)
-            s = torch.where(slope > 0, step, torch.where(held > ceiling.amount, first, s))
-        return self.epsilon * (s.clamp_max(torch.finfo(s.dtype).max).log() - top)
+            free = logs + level < log_mass
+            parts = torch.minimum(logs + level, log_mass).exp()
+            held, slope = ranks.sum(torch.stack([parts, torch.where(free, parts, 0)]).sum(-1, keepdim=True))
+            missing = m - held
+            rounding = torch.where(missing.abs() <= 4 * kind.eps * m, missing.detach(), 0)
+            growth = (1 + (missing - rounding) / slope.clamp_min(kind.tiny)).clamp_max(kind.max)
+            step = level + torch.where(growth > 0, growth, 1).log()
+            level = torch.where(growth > 0, torch.maximum(step, least), least)
+        return self.epsilon * level
 
     def raise_ceiling(self, log_sums: Tensor, offset: Tensor, ranks: Ranks) -> None:
         """Moves the ceiling, where there is one, to what the sums ask for."""

@@ -24,7 +24,8 @@ from torch.nn.functional import normalize
 
 from counterpoise._core import at_least_float32, check_number
 
-TILE = 2**20  # entries of a tile: some megabytes, so that what is done to it is done in the cache
+TILE = 2**18  # entries of a tile: a megabyte, so that what is done to it is done in the cache
+DEVICE_TILE = 2**24  # on accelerators, which are slow at many small ones
 FORMED = 2**24  # entries up to which the matrix is formed
 
 
@@ -111,5 +112,7 @@ def rows_of(cost: Tensor | PointCost, start: int, stop: int) -> Tensor:
 def tiles(cost: Tensor | PointCost) -> Iterator[tuple[int, int]]:
     """(start, stop) of tiles of rows that cover the cost; none where it has no rows."""
     *batch, n, k = cost.shape
-    step = max(1, TILE // max(1, k * int(torch.Size(batch).numel())))
+    on_host = (cost if isinstance(cost, Tensor) else cost.points[0]).is_cpu
+    entries_a_row = k * torch.Size(batch).numel()
+    step = max(1, (TILE if on_host else DEVICE_TILE) // max(1, entries_a_row))
     return ((start, min(start + step, n)) for start in range(0, n, step))

@@ -90,7 +90,7 @@ def simplex(
     """Plan (N, K), duals (N,) and (K,), and whether it is optimal, of one problem in float64 on the host."""
     n, k = cost.shape
     if mass is not None:
-        dear = 2 * cost.max().clamp_min(0) + 1  # more than a detour through the virtual row and column costs
+        dear = 2 * cost.abs().max() + 1  # more than a detour through the virtual row and column costs
         cost = torch.nn.functional.pad(cost, (0, 1, 0, 1))
         cost[n, k] = dear
         a, b = torch.cat([a, (b.sum() - mass)[None]]), torch.cat([b, (a.sum() - mass)[None]])

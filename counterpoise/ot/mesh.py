@@ -93,7 +93,8 @@ def mesh(
         raise ValueError(f"cost is {kind}, expected a tensor of shape (..., N, K)")
     if noise is not None and noise.shape != cost.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(cost.shape)}")
-    with without_autocast(cost), torch.inference_mode(False):
+    outer = torch.is_grad_enabled()
+    with without_autocast(cost), torch.inference_mode(False), torch.set_grad_enabled(outer):
         c = at_least_float32(cost.clone() if cost.is_inference() else cost)
         alone = Ranks(sync=False)
         a, b = as_marginal("a", a, c, 0, alone), as_marginal("b", b, c, 1, alone)

@@ -140,7 +140,7 @@ class PseudoLabels(PreciseBuffers):
         max_iterations: int = 1000,
         tolerance: float = 1e-4,
         mm_max_iterations: int = 100,
-        mm_tolerance: float = 1e-5,
+        mm_tolerance: float = 1e-4,
     ) -> None:
         super().__init__()
         check_choice("kind", kind, KINDS)

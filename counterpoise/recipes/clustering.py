@@ -6,14 +6,17 @@ those before, are given labels: P2OT's hold the surest share of the examples, wh
 learns the labels of the other.
 
 Classes are read for evaluation, never for training: neither for the choice of the head, which is that of the lowest
-loss an epoch, divided by the mass of its labels, nor of the epoch. That is the one whose validation views agree best:
+loss an epoch, divided by the mass of its labels, nor of the epoch. That is the one whose two views of the validation
+examples tell most of each other, as a share of what K clusters can tell:
 
-.. math:: \exp\Big( \frac{1}{2 N} \sum_i \sum_k q^{(2)}_{ik} \log p^{(1)}_{ik} + q^{(1)}_{ik} \log p^{(2)}_{ik} \Big)
+.. math:: \frac{1}{\log K} \sum_{kl} P_{kl} \log \frac{P_{kl}}{P_{k \cdot}\, P_{\cdot l}}, \qquad
+          P = \frac{1}{2 N} \sum_i p^{(1)}_i p^{(2) \top}_i + p^{(2)}_i p^{(1) \top}_i
 
-with semi-relaxed labels q of *full* mass, so that early epochs, which label only what is sure, have no advantage.
+A loss over its mass compares heads of one epoch, but not epochs: it is low where only what is sure has labels, and
+where clusters have merged.
 
 Source: Zhang, Ren, He, P2OT: Progressive Partial Optimal Transport for Deep Imbalanced Clustering, 2024, section 4; the
-choice of the epoch is a choice of ours.
+shared information: Ji et al., Invariant Information Clustering, 2019, eq. 3, as a choice of ours.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from torch import Tensor, nn
 
 from counterpoise._core import check_choice, check_number, sum_over_ranks
 from counterpoise.losses import CosineLinear
-from counterpoise.ot import PseudoLabels, knn_affinity, p2ot_labels, two_view_label_loss
-from counterpoise.recipes.clustering_evaluation import clustering_metrics, label_free_metrics
+from counterpoise.ot import PseudoLabels, knn_affinity
+from counterpoise.recipes.clustering_evaluation import clustering_metrics, label_free_metrics, shared_information
 from counterpoise.recipes.data.datamodule import LabelledData
+from counterpoise.recipes.encoders import identity_linear, load_encoder
 from counterpoise.recipes.evaluation import Scores
 from counterpoise.recipes.heads import feature_extractor
 from counterpoise.recipes.module import Batch, Recipe, uses_prior
@@ -76,7 +80,7 @@ class Clustering(Recipe):
         ValueError, TypeError: parts that do not fit together; said before any training.
     """
 
-    monitor = "val/label_probability"
+    monitor = "val/shared_information"
     drop_last = True  # a small last batch would move the mass of the labels as much as a full one
 
     def __init__(
@@ -290,7 +294,7 @@ class Clustering(Recipe):
         """Logs how well the views agree, and, to be watched only, what the classes say."""
         logits, first, second, target = (torch.cat(column) for column in zip(*self._seen, strict=True))
         self._seen = []
-        self.log("val/label_probability", agreement(first, second), prog_bar=True)
+        self.log("val/shared_information", shared_information(first, second), prog_bar=True)
         for name, value in label_free_metrics(logits.softmax(1)).items():
             self.log(f"val/{name}", value)
         if self.labelled:
@@ -368,39 +372,6 @@ class Clustering(Recipe):
         return {"clusters": found}
 
 
-def agreement(first: Tensor, second: Tensor) -> Tensor:
-    """exp of minus the mean cross-entropy between views' logits (N, K) and each other's semi-relaxed labels; 0-d."""
-    labels = [p2ot_labels(z, mass=1.0, tolerance=1e-4).labels for z in (first, second)]
-    return (-two_view_label_loss(first, second, *labels) / 2).exp()
-
-
-def identity_linear(width: int) -> nn.Linear:
-    """A square linear layer that does nothing yet."""
-    layer = nn.Linear(width, width)
-    nn.init.eye_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def load_encoder(encoder: nn.Module, path: str) -> None:
-    """Takes the weights of the encoder from a checkpoint of any recipe with the same model.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a checkpoint that lacks a weight of the encoder.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"encoder_checkpoint {file.absolute()} does not exist, expected a checkpoint")
-    saved = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    there = {name.removeprefix("model."): x for name, x in saved.items() if name.startswith("model.")}
-    wanted = encoder.state_dict()
-    lacking = [name for name, x in wanted.items() if name not in there or there[name].shape != x.shape]
-    if lacking:
-        raise ValueError(f"encoder_checkpoint has no {lacking[0]} of the model's shape, expected one of the same model")
-    encoder.load_state_dict({name: there[name] for name in wanted})
-
-
 def _check_parts(loss: nn.Module, reweighter: nn.Module | None, labelled: bool, num_clusters: int | None) -> None:
     if reweighter is not None:
         raise ValueError(f"reweighter is a {type(reweighter).__name__}, expected none: row masses are the weights")
@@ -411,4 +382,4 @@ def _check_parts(loss: nn.Module, reweighter: nn.Module | None, labelled: bool, 
         raise ValueError("num_clusters is None, and the data have no classes: expected how many clusters to find")
 
 
-__all__ = ["LABELS", "Clustering", "agreement", "identity_linear", "load_encoder"]
+__all__ = ["LABELS", "Clustering"]

@@ -165,6 +165,16 @@ def label_free_metrics(probabilities: Tensor) -> dict[str, float]:
     }
 
 
+def shared_information(first: Tensor, second: Tensor) -> Tensor:
+    """What the clusters of one view (N, K) tell of those of the other, over log K, in [0, 1]; 0-d, for logits."""
+    p, q = (z.double().softmax(1) for z in (first, second))
+    joint = p.T @ q / len(p)
+    joint = (joint + joint.T) / 2
+    apart = joint.sum(1, keepdim=True) * joint.sum(0)
+    told = torch.special.xlogy(joint, joint) - torch.special.xlogy(joint, apart)
+    return (told.sum() / max(math.log(p.shape[1]), 1e-12)).clamp(0, 1).float()
+
+
 def _per_class(table: Tensor, cluster_of: list[int | None]) -> tuple[dict[str, list[float | None]], int]:
     """Recall, precision and F1 of each class after matching, and how many examples match."""
     rates: dict[str, list[float | None]] = {"recall": [], "precision": [], "f1": []}
@@ -191,4 +201,5 @@ __all__ = [
     "clustering_metrics",
     "label_free_metrics",
     "match_clusters",
+    "shared_information",
 ]

@@ -98,11 +98,11 @@ def training_table(run: RunFolder) -> Table:
 
 
 def learning_figure(run: RunFolder) -> Figure:
-    """The loss, and how well validation views agree."""
+    """The loss, and what validation views tell of each other."""
     if not run.history:
         raise NotAvailable(run.problems.get("history.csv", "history.csv has no rows"))
     losses = {"loss": run.history["train/loss"]} if "train/loss" in run.history else {}
-    scores = {"probability of the other view's labels": run.history["val/label_probability"]}
+    scores = {"information that views share": run.history["val/shared_information"]}
     svg = learning_plot(run.history["epoch"], losses, scores)
     said = "The loss grows with the mass of the labels; the dot marks the best epoch, chosen without classes."
     return Figure(Markup(svg), f"Curves over {len(run.history['epoch'])} epochs. {said}", said)

@@ -75,9 +75,8 @@ def test_a_small_mass_goes_to_the_cheapest_pairs_by_softmax(problem: Transport) 
 
 def test_a_small_epsilon_gives_the_exact_cost(problem: Transport) -> None:
     exact = emd(*problem, mass=0.6)
-    linear = (
-        partial_sinkhorn(*problem, mass=0.6, epsilon=2e-3, tolerance=1e-9, max_iterations=20_000).plan * problem.cost
-    ).sum()
+    entropic = partial_sinkhorn(*problem, mass=0.6, epsilon=2e-3, tolerance=1e-9, max_iterations=20_000)
+    linear = (entropic.plan * problem.cost).sum()
     assert exact.value - 1e-9 <= linear <= exact.value + 2e-3 * math.log(35)
 
 
@@ -146,7 +145,7 @@ def test_gradients_are_those_of_finite_differences(gradient: str, mass: float) -
     [
         (
             lambda c, a, b: partial_sinkhorn(c, a, b, mass=0.0, epsilon=0.1),
-            r"mass is 0.0, expected a number in \(0, inf\]",
+            r"mass is 0.0, expected a number",
         ),
         (lambda c, a, b: partial_sinkhorn(c, a, b, mass=1.1, epsilon=0.1), r"mass is 1.1, expected at most .*, 1$"),
         (

@@ -163,13 +163,13 @@ def test_a_small_epsilon_gives_the_exact_plan(problem: Transport) -> None:
 
 
 def test_a_spread_of_costs_far_above_epsilon_is_come_down_to() -> None:
-    """Epsilon a five-hundredth of the largest cost: by halves, by quarters or all at once, it is one plan."""
-    cost, a, b = transport(20, 15)
+    """Epsilon a thousandth of the largest cost: by halves, by quarters or all at once, it is one plan."""
+    cost, a, b = transport(10, 8, seed=1)
     scalings = ("auto", 0.25, None)
-    found = [sinkhorn(cost, a, b, epsilon=2e-3, scaling=s, tolerance=1e-11, max_iterations=50_000) for s in scalings]
+    found = [sinkhorn(cost, a, b, epsilon=1e-3, scaling=s, tolerance=1e-9, max_iterations=50_000) for s in scalings]
     assert all(result.converged for result in found)
-    assert_close(found[0].plan, found[2].plan, atol=1e-9, rtol=0)
-    assert_close(found[1].plan, found[2].plan, atol=1e-9, rtol=0)
+    assert_close(found[0].plan, found[2].plan, atol=1e-7, rtol=0)
+    assert_close(found[1].plan, found[2].plan, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-2, 1.0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import ot
@@ -128,7 +127,7 @@ def test_penalties_of_one_number_each_are_one_vector(problem: Transport) -> None
 
 
 def test_p2ot_is_an_instance() -> None:
-    """Rows exact, a virtual column of cost 0 exact, the others relaxed: the mass off the virtual column is exact too."""
+    """Rows exact, a virtual column of cost 0 exact, the others relaxed: their common mass is exact too."""
     cost, a, b = transport()
     mass = 0.3
     penalty = torch.tensor([1.0] * 5 + [INF], dtype=torch.float64)
@@ -245,35 +244,21 @@ def test_gradients_are_those_of_finite_differences(gradient: str, reference: str
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "message"),
     [
-        (lambda c, a, b: unbalanced_sinkhorn(c, a, b, epsilon=0.1, penalty_a=0.0, penalty_b=1.0), r"penalty_a holds"),
+        ({"penalty_a": 0.0}, r"penalty_a holds a number that is not above 0"),
+        ({"penalty_b": [1.0, math.nan, 1, 1, 1]}, r"penalty_b holds a number that is not above 0"),
+        ({"penalty_a": [1.0]}, r"penalty_a has shape \(1,\), expected a number or \(7,\)"),
+        ({"reference": "kl"}, r"reference is 'kl', expected one of"),
+        ({"penalty_a": INF, "penalty_b": INF}, r"b sums to 1.3, expected the total of a, 1"),
+        ({"b": torch.ones(5), "penalty_a": INF, "penalty_b": VECTOR + INF}, r"b sums to 5, expected the total of a, 1"),
         (
-            lambda c, a, b: unbalanced_sinkhorn(
-                c, a, b, epsilon=0.1, penalty_a=1.0, penalty_b=[1.0, math.nan, 1, 1, 1]
-            ),
-            r"penalty_b holds a number that is not above 0",
+            {"b": torch.ones(5), "penalty_a": INF, "penalty_b": [1, INF, INF, 1, 1]},
+            r"exact columns hold more mass",
         ),
-        (
-            lambda c, a, b: unbalanced_sinkhorn(c, a, b, epsilon=0.1, penalty_a=[1.0], penalty_b=1.0),
-            r"penalty_a has shape \(1,\), expected a number or \(7,\)",
-        ),
-        (
-            lambda c, a, b: unbalanced_sinkhorn(c, a, b, epsilon=0.1, penalty_a=1, penalty_b=1, reference="kl"),
-            r"reference is 'kl', expected one of",
-        ),
-        (
-            lambda c, a, b: unbalanced_sinkhorn(c, a, 2 * b, epsilon=0.1, penalty_a=INF, penalty_b=INF),
-            r"b sums to 2.6, expected the total of a, 1",
-        ),
-        (
-            lambda c, a, b: unbalanced_sinkhorn(
-                c, a, b, epsilon=0.1, penalty_a=INF, penalty_b=[1.0, INF, INF, INF, INF]
-            ),
-            r"exact columns hold more mass than the whole of the other side",
-        ),
+        ({"a": torch.ones(7), "penalty_a": [INF] * 6 + [1.0], "penalty_b": INF}, r"exact rows hold more mass than the"),
     ],
 )
-def test_what_does_not_fit_is_refused(problem: Transport, call: Callable[..., object], message: str) -> None:
+def test_what_does_not_fit_is_refused(problem: Transport, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call(*problem)
+        unbalanced_sinkhorn(**{**problem._asdict(), "epsilon": 0.1, "penalty_a": 1.0, "penalty_b": 1.0, **options})

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 from counterpoise.losses import BalancedSoftmaxLoss, CrossEntropyLoss
 from counterpoise.ot import two_view_label_loss
 from counterpoise.recipes import MLP, Clustering, SmallCNN, Views, fit
-from counterpoise.recipes.clustering import LABELS, agreement, load_encoder
-from counterpoise.recipes.clustering_evaluation import class_bands, clustering_metrics, label_free_metrics
+from counterpoise.recipes.clustering import LABELS
+from counterpoise.recipes.clustering_evaluation import (
+    class_bands,
+    clustering_metrics,
+    label_free_metrics,
+    shared_information,
+)
 from counterpoise.recipes.data import LabelledData, digits_lt, embeddings_npz
+from counterpoise.recipes.encoders import load_encoder
 from counterpoise.samplers import CVaR
 from tests.recipes.launching import QUICK, launch
 
@@ -64,7 +70,7 @@ def test_it_finds_clusters_of_unequal_size(labels: str, file: Path, tmp_path: Pa
     data = embeddings_npz(path=str(file), batch_size=32)
     found = fit(recipe(data, labels, init="k_means"), data, folder=tmp_path / "run", max_epochs=8, **QUIET)
     training = found.metrics["clusters"]["training"]
-    assert training["mutual_information"] > 0.75
+    assert training["mutual_information"] > 0.6
     assert found["mutual_information"] > 0.5
     page = found.report.read_text()
     assert "Table of clusters" not in page  # the name of a block that failed
@@ -247,11 +253,14 @@ def test_a_loss_that_knows_class_counts_is_refused() -> None:
         Clustering(MLP(4, 2, hidden=[]), BalancedSoftmaxLoss([3, 4]), num_classes=2, num_examples=7)
 
 
-def test_agreement_is_high_for_views_that_say_the_same() -> None:
-    sure = 20 * torch.eye(4).repeat(5, 1)
-    assert float(agreement(sure, sure)) > 0.99
-    assert float(agreement(sure, sure.roll(1, 1))) < 0.01
-    assert float(agreement(torch.zeros(20, 4), torch.zeros(20, 4))) == pytest.approx(0.25)
+def test_views_share_information_where_they_agree_and_clusters_differ() -> None:
+    sure = 40 * torch.eye(4).repeat(5, 1)
+    assert float(shared_information(sure, sure)) == pytest.approx(1, abs=1e-4)
+    assert float(shared_information(sure, torch.zeros(20, 4))) == pytest.approx(0, abs=1e-6)
+    assert float(shared_information(sure[:1].expand(20, 4), sure[:1].expand(20, 4))) == pytest.approx(0, abs=1e-6)
+    merged = 40 * torch.eye(4)[[0, 1, 2, 2]].repeat(5, 1)
+    assert float(shared_information(merged, merged)) == pytest.approx(0.75, abs=1e-4)
+    assert float(shared_information(torch.zeros(5, 1), torch.zeros(5, 1))) == 0
 
 
 # The evaluation

@@ -28,6 +28,7 @@ FILES = sorted(str(file.relative_to(CONF).with_suffix("")) for file in CONF.rglo
 OPTIONS = [name for name in FILES if "/" in name]
 MANDATORY = {
     "data/csv": ["data.path=table.csv", "data.label=y"],
+    "data/embeddings_npz": ["data.path=embeddings.npz"],
     "data/image_folder": ["data.root=images"],
     "data/multi_label_csv": ["data.path=table.csv", "data.labels=y"],
     "data/multi_task_csv": ["data.path=table.csv", "data.classifications=[y]"],
@@ -37,6 +38,7 @@ MANDATORY = {
     "sampler/score": ["sampler.scores=scores.npy"],
 }
 NEEDS_OTHERS = {
+    "data/embeddings_npz": ["model=mlp"],
     "data/digits_canvas": ["recipe=multi_label"],
     "data/digits_scenes": ["recipe=semi_segmentation"],
     "data/multi_label_csv": ["recipe=multi_label"],
@@ -127,6 +129,11 @@ DIFFERENT = {
     ("optimizer/sgd", "momentum"): PAPER,
     ("optimizer/sgd", "weight_decay"): PAPER,
     ("recipe/self_supervised", "views"): "what None makes, spelled out so that it can be changed",
+    ("recipe/clustering", "views"): "what None makes, spelled out so that it can be changed",
+    **dict.fromkeys(
+        [("recipe/clustering", key) for key in ("crop", "rotation", "contrast", "brightness", "noise")],
+        "mild: a cluster is what its views have in common",
+    ),
     ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
     **dict.fromkeys([("recipe/gml", key) for key in ("augment", "contrast_augment", "seed")], "two views that differ"),
     ("recipe/gml", "shift"): "small images",
@@ -145,6 +152,8 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """A working folder with a table of three classes, images of two, scores and indices of examples in it."""
     np.save(tmp_path / "scores.npy", np.linspace(0.1, 1.0, 50))
     np.save(tmp_path / "indices.npy", np.arange(0, 50, 2))
+    embeddings = np.random.default_rng(0).normal(size=(90, 4))
+    np.savez(tmp_path / "embeddings.npz", features=embeddings, targets=np.arange(90) % 3)
     rows = [f"{i % 7},{i % 5},{i % 3}" for i in range(90)]
     (tmp_path / "table.csv").write_text("\n".join(["a,b,y", *rows]))
     for label in ("cat", "dog"):
