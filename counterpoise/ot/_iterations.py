@@ -108,7 +108,9 @@ def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
         f[..., start:stop] = (cost if columns.void is None else cost + nowhere).amin(-1)
         above = cost - rows.part(start, stop).without_void(f[..., start:stop])[..., None]
         g = torch.minimum(g, above.amin(-2))
-        spread = torch.maximum(spread, torch.where(above < torch.inf, above, 0).amax())
+        spread = torch.maximum(spread, above.amax())
+    if spread == torch.inf:  # pairs that are forbidden, or masses of zero
+        spread = torch.stack([largest_finite(problem, f, *span) for span in tiles(problem.cost)]).amax()
     g = -problem.ranks.max(-g)
     wrong = [
         (x.isnan() | (x == -torch.inf) | ((x == torch.inf) & (side.mass > 0))).any().to(g.dtype)
@@ -123,6 +125,12 @@ def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
     f, g = f.nan_to_num(posinf=0.0), g.nan_to_num(posinf=0.0)
     c = problem.shift(f, g) if problem.shift is not None else 0.0
     return f + c, g - c, reach
+
+
+def largest_finite(problem: Problem, f: Tensor, start: int, stop: int) -> Tensor:
+    """The largest C_ij - f_i of a tile that is finite, 0-d, at least 0."""
+    above = rows_of(problem.cost, start, stop) - f[..., start:stop, None]
+    return torch.where(above.abs() < torch.inf, above, 0).amax()
 
 
 def iterate(problem: Problem, f: Tensor, g: Tensor, max_iterations: int, tolerance: float) -> Solution:

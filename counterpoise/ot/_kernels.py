@@ -18,8 +18,6 @@ from torch import Tensor
 from counterpoise.ot._sides import Ranks, Side
 from counterpoise.ot.costs import PointCost, rows_of, tiles
 
-FEW_TILES = 4
-
 Shift = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -66,11 +64,6 @@ class Problem:
         return DenseKernel(self, f, g) if isinstance(self.cost, Tensor) else TiledKernel(self, g)
 
 
-def parts_of_rows(problem: Problem) -> list[tuple[int, int, Side]]:
-    """(start, stop) of tiles of rows, and their side."""
-    return [(start, stop, problem.rows.part(start, stop)) for start, stop in tiles(problem.cost)]
-
-
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """(..., N, K) times (..., K)."""
     return torch.mv(matrix, vector) if matrix.ndim == 2 else (matrix @ vector[..., None])[..., 0]
@@ -82,21 +75,17 @@ def exp_(exponents: Tensor) -> Tensor:
 
 
 class DenseKernel:
-    """K in memory; where the cache cannot hold it, a tile of rows is used for R, U and S in turn: it is read once."""
+    """K in memory."""
 
     def __init__(self, problem: Problem, f: Tensor, g: Tensor) -> None:
         self.f, self.g, self.rows = f, g, problem.rows
-        inner, outer = problem.columns.without_void(g)[..., None, :], problem.rows.without_void(f)[..., None]
+        inner = problem.columns.without_void(g)[..., None, :] / problem.epsilon
+        outer = problem.rows.without_void(f)[..., None] / problem.epsilon
         self.matrix = torch.empty(problem.cost.shape, dtype=g.dtype, device=g.device)
-        self.parts = parts_of_rows(problem)
-        for start, stop, _ in self.parts:
-            part = self.tile(start, stop)
-            torch.sub(inner, rows_of(problem.cost, start, stop), out=part)
-            exp_(part.add_(outer[..., start:stop, :]).mul_(1 / problem.epsilon))
-
-    def tile(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of K."""
-        return self.matrix[..., start:stop, :]
+        for start, stop in tiles(problem.cost):
+            part = self.matrix[..., start:stop, :]
+            torch.sub(inner, rows_of(problem.cost, start, stop), alpha=1 / problem.epsilon, out=part)
+            exp_(part.add_(outer[..., start:stop, :]))
 
     def row_sums(self, v: Tensor) -> Tensor:
         """R = K V."""
@@ -108,16 +97,14 @@ class DenseKernel:
 
     def sweep(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """V to R, U and this rank's part of S."""
-        if len(self.parts) > FEW_TILES:
-            return sweep_in_tiles(self, v)
         r = self.row_sums(v)
         u = self.rows.scaled(r, self.f)
         return r, u, self.column_sums(u)
 
     def plan(self, u: Tensor, v: Tensor) -> Tensor:
         """diag(U) K diag(V), in the memory of K."""
-        for start, stop, _ in self.parts:
-            self.tile(start, stop).mul_(u[..., start:stop, None]).mul_(v[..., None, :])
+        for start, stop in tiles(self.matrix):
+            self.matrix[..., start:stop, :].mul_(u[..., start:stop, None]).mul_(v[..., None, :])
         return self.matrix
 
 
@@ -128,9 +115,9 @@ class TiledKernel:
         self.cost, self.g, self.epsilon = problem.cost, g, problem.epsilon
         self.f = torch.zeros_like(problem.rows.mass)
         self.inner = problem.columns.without_void(g)[..., None, :]
-        self.parts = parts_of_rows(problem)
+        self.parts = [(start, stop, problem.rows.part(start, stop)) for start, stop in tiles(problem.cost)]
 
-    def tile(self, start: int, stop: int) -> Tensor:
+    def _tile(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of K, and their f."""
         exponents = (self.inner - rows_of(self.cost, start, stop)).mul_(1 / self.epsilon)
         largest = exponents.amax(-1).clamp_min(torch.finfo(exponents.dtype).min)
@@ -141,28 +128,22 @@ class TiledKernel:
         """R = K V."""
         r = torch.empty_like(self.f)
         for start, stop, _ in self.parts:
-            r[..., start:stop] = times(self.tile(start, stop), v)
+            r[..., start:stop] = times(self._tile(start, stop), v)
         return r
 
     def column_sums(self, u: Tensor) -> Tensor:
         """This rank's part of S = K^T U."""
         s = torch.zeros_like(self.g)
         for start, stop, _ in self.parts:
-            s += times(self.tile(start, stop).mT, u[..., start:stop])
+            s += times(self._tile(start, stop).mT, u[..., start:stop])
         return s
 
     def sweep(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """V to R, U and this rank's part of S."""
-        return sweep_in_tiles(self, v)
-
-
-def sweep_in_tiles(kernel: DenseKernel | TiledKernel, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V to R, U and S, in one pass over the tiles."""
-    r, u, s = torch.empty_like(kernel.f), torch.empty_like(kernel.f), torch.zeros_like(kernel.g)
-    for start, stop, rows in kernel.parts:
-        tile = kernel.tile(start, stop)
-        sums = times(tile, v)
-        scaled = rows.scaled(sums, kernel.f[..., start:stop])
-        s += times(tile.mT, scaled)
-        r[..., start:stop], u[..., start:stop] = sums, scaled
-    return r, u, s
+        """V to R, U and this rank's part of S, in one pass over the tiles."""
+        r, u, s = torch.empty_like(self.f), torch.empty_like(self.f), torch.zeros_like(self.g)
+        for start, stop, rows in self.parts:
+            tile = self._tile(start, stop)
+            r[..., start:stop] = times(tile, v)
+            u[..., start:stop] = rows.scaled(r[..., start:stop], self.f[..., start:stop])
+            s += times(tile.mT, u[..., start:stop])
+        return r, u, s

@@ -24,8 +24,8 @@ from torch.nn.functional import normalize
 
 from counterpoise._core import at_least_float32, check_number
 
-TILE = 2**18  # entries of a tile: a megabyte, so that what is done to it is done in the cache
-DEVICE_TILE = 2**24  # on accelerators, which are slow at many small ones
+TILE = 2**20  # entries of a tile of points on the host: some megabytes, so that all that is done to it is near
+WIDE_TILE = 2**22  # of a matrix, and on accelerators: many small tiles keep threads waiting for each other
 FORMED = 2**24  # entries up to which the matrix is formed
 
 
@@ -112,7 +112,6 @@ def rows_of(cost: Tensor | PointCost, start: int, stop: int) -> Tensor:
 def tiles(cost: Tensor | PointCost) -> Iterator[tuple[int, int]]:
     """(start, stop) of tiles of rows that cover the cost; none where it has no rows."""
     *batch, n, k = cost.shape
-    on_host = (cost if isinstance(cost, Tensor) else cost.points[0]).is_cpu
-    entries_a_row = k * torch.Size(batch).numel()
-    step = max(1, (TILE if on_host else DEVICE_TILE) // max(1, entries_a_row))
+    size = TILE if isinstance(cost, PointCost) and cost.points[0].is_cpu else WIDE_TILE
+    step = max(1, size // max(1, k * torch.Size(batch).numel()))
     return ((start, min(start + step, n)) for start in range(0, n, step))
