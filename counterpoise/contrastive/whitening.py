@@ -19,7 +19,8 @@ optimum of whitening all are equal. So for "zca" it is taken without gradient, a
 difference, and give the first and second derivative exactly.
 
 Source: Ermolov et al., Whitening for Self-Supervised Representation Learning, 2021, eq. 4 and 5; "zca" and the channel
-axis: Weng et al., An Investigation into Whitening Loss for Self-supervised Learning, 2022. The Newton steps are derived here.
+axis: Weng et al., An Investigation into Whitening Loss for Self-supervised Learning, 2022. The Newton steps are derived
+here.
 """
 
 from __future__ import annotations
