@@ -14,7 +14,7 @@ from counterpoise._core.modules import Loss, PreciseBuffers
 from counterpoise._core.passes import in_second_pass, second_pass
 from counterpoise._core.ranks import rank, sum_over_ranks, world_size
 from counterpoise._core.reduction import combine_inner, reduce_losses
-from counterpoise._core.seeds import generator_for, mix_seeds, uniform_by_index
+from counterpoise._core.seeds import generator_for, mix_seeds, normal_by_index, uniform_by_index
 from counterpoise._core.spec import No, Spec
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "generator_for",
     "in_second_pass",
     "mix_seeds",
+    "normal_by_index",
     "rank",
     "readable",
     "reduce_losses",

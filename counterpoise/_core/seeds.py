@@ -40,6 +40,12 @@ def uniform_by_index(index: Tensor, draws: int, *parts: int) -> Tensor:
     return _shift_right(x, 11).double() / 2**53
 
 
+def normal_by_index(index: Tensor, draws: int, *parts: int) -> Tensor:
+    """(N, draws) float64 standard normal, drawn like :func:`uniform_by_index`; by Box and Muller."""
+    first, second = uniform_by_index(index, 2 * draws, *parts).chunk(2, dim=1)
+    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * torch.pi * second)
+
+
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift; torch's is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

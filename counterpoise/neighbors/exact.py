@@ -207,16 +207,16 @@ def _propose_for_block(keys: Keys, queries: Tensor, count: int) -> tuple[Tensor,
     numbers = TILE if queries.is_cpu else 64 * TILE  # an accelerator wants more work a call
     width = max(count, numbers // len(queries)) // FOLDS * FOLDS + FOLDS
     tile = queries.new_empty(len(queries) * min(width, len(keys.vectors)))
-    best: _BestSoFar | None = None
-    for columns in _slices(len(keys.vectors), width):
+
+    def costs_of(columns: slice) -> Tensor:
         size = columns.stop - columns.start
-        out = tile[: len(queries) * size].view(len(queries), size)
-        costs = keys.products(queries, columns, out=out)
-        if best is None:
-            best = _BestSoFar(*costs.topk(min(count, size), largest=False, sorted=False), count)
-        else:
-            best.see(costs, columns.start)
-    assert best is not None
+        return keys.products(queries, columns, out=tile[: len(queries) * size].view(len(queries), size))
+
+    first, *rest = _slices(len(keys.vectors), width)
+    nearest = costs_of(first).topk(min(count, first.stop - first.start), largest=False, sorted=False)
+    best = _BestSoFar(*nearest, count)
+    for columns in rest:
+        best.see(costs_of(columns), columns.start)
     return best.settled()
 
 

@@ -16,6 +16,7 @@ Optimal Transport and MMD using Sinkhorn Divergences, 2019.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +30,7 @@ WIDE_TILE = 2**22  # of a matrix, and on accelerators: many small tiles keep thr
 FORMED = 2**24  # entries up to which the matrix is formed
 
 
-class PointCost:
+class PointCost(ABC):
     """A cost between the points ``x`` and ``y``; subclasses say which in ``pairwise``.
 
     Args:
@@ -53,9 +54,9 @@ class PointCost:
         self.x, self.y = at_least_float32(x.to(dtype)), at_least_float32(y.to(dtype))
         self.scale = scale
 
+    @abstractmethod
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Points (..., n, d) and (..., k, d) to costs (..., n, k), times ``scale``."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> torch.Size:

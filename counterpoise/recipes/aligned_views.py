@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from counterpoise._core import check_choice, check_number, uniform_by_index
+from counterpoise._core import check_choice, check_number, normal_by_index, uniform_by_index
 
 FLIPS = {"none": (), "horizontal": (-1,), "vertical": (-2,), "both": (-1, -2)}
 
@@ -49,8 +49,8 @@ class AlignedViews(nn.Module):
             scale, shift = (2 * u[:, 2:] - 1).to(x.dtype)[..., None, None, None].unbind(1)
             seen = flipped_back(x, flips, self.flip) * (1 + self.contrast * scale) + self.brightness * shift
             if self.noise > 0:
-                draws = uniform_by_index(index, 2 * x[0].numel(), self.seed, epoch, 2 + view).to(x.device)
-                seen = seen + self.noise * _normal(draws).view_as(x).to(x.dtype)
+                normal = normal_by_index(index, x[0].numel(), self.seed, epoch, 2 + view).to(x)
+                seen = seen + self.noise * normal.view_as(x)
             views.append(seen)
             flipped.append(flips)
         return torch.cat(views), torch.cat(flipped)
@@ -67,9 +67,3 @@ def flipped_back(x: Tensor, flips: Tensor, flip: str) -> Tensor:
             chosen = flips[:, column].reshape(-1, *(1,) * (x.ndim - 1))
             x = torch.where(chosen, x.flip(dimension), x)
     return x
-
-
-def _normal(u: Tensor) -> Tensor:
-    """Uniform (N, 2M) to standard normal (N, M): Box and Muller."""
-    first, second = u.chunk(2, dim=1)
-    return torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * torch.pi * second)

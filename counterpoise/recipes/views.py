@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
-from counterpoise._core import check_number, mix_seeds, uniform_by_index
+from counterpoise._core import check_number, mix_seeds, normal_by_index, uniform_by_index
 from counterpoise.recipes.data.datamodule import seeded
 
 
@@ -103,10 +103,8 @@ class Views(nn.Module):
     def _noisy(self, x: Tensor, index: Tensor, epoch: int, view: int) -> Tensor:
         if self.noise == 0:
             return x
-        u = uniform_by_index(index, 2 * x[0].numel(), self.seed, epoch, view, 2).to(x.device)
-        first, second = u.chunk(2, dim=1)  # Box and Muller
-        normal = torch.sqrt(-2 * torch.log1p(-first)) * torch.cos(2 * torch.pi * second)
-        return x + self.noise * normal.view_as(x).to(x.dtype)
+        normal = normal_by_index(index, x[0].numel(), self.seed, epoch, view, 2).to(x)
+        return x + self.noise * normal.view_as(x)
 
 
 class TransformViews(nn.Module):
