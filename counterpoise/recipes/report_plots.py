@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -289,22 +289,6 @@ def histogram_plot(values: dict[str, np.ndarray], *, title: str, key: str, bins:
         return to_svg(figure, key)
 
 
-def coverage_plot(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, title: str, key: str) -> str:
-    """Curves over the number of kept examples (logarithmic); the first in colour, the second dashed."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(SIZE, layout="constrained")
-        axes = figure.subplots()
-        for (name, (x, y)), style in zip(curves.items(), ("-", "--"), strict=True):
-            axes.plot(x, y, style, color=COLORS["accent" if style == "-" else "muted"], label=name)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylim(bottom=0)
-        axes.set_title(title)
-        axes.set_xlabel("Kept examples")
-        axes.legend()
-        return to_svg(figure, key)
-
-
 def picture_plot(
     pictures: Sequence[tuple[str, np.ndarray]], *, columns: int, key: str, legend: dict[str, str] | None = None
 ) -> str:
@@ -391,7 +375,6 @@ __all__ = [
     "class_plot",
     "class_ticks",
     "confusion_plot",
-    "coverage_plot",
     "curve_plot",
     "histogram_plot",
     "learning_plot",

@@ -8,9 +8,10 @@ from markupsafe import Markup
 
 from counterpoise.recipes.report_data import NotAvailable, RunFolder
 from counterpoise.recipes.report_pictures import decoded
-from counterpoise.recipes.report_plots import coverage_plot, histogram_plot, paired_bar_plot, picture_plot
+from counterpoise.recipes.report_plots import histogram_plot, paired_bar_plot, picture_plot
 from counterpoise.recipes.report_sections import Cell, Figure, Section, Table
 from counterpoise.recipes.selecting import coverage_curve, read_selection
+from counterpoise.recipes.selection_plots import coverage_plot
 
 MOST_COVERED = 5_000  # examples that a coverage curve is drawn from
 
