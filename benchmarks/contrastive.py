@@ -26,14 +26,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from benchmarks.__main__ import PAGE, environment
 from benchmarks.selection import memory, seconds
 from counterpoise.contrastive import (
     BarlowTwinsLoss,
+    BYOLLoss,
     MemoryBank,
     NTXentLoss,
+    SimSiamLoss,
     SupConLoss,
+    SwAVLoss,
     VICRegLoss,
     WMSELoss,
 )
@@ -47,6 +51,7 @@ except ImportError:
 SIZES = (512, 1024, 2048)
 WIDTH = 128
 BANK = 4096
+PROTOTYPES = 300
 RUNS = 15
 Step = Callable[[], Tensor]
 
@@ -110,6 +115,37 @@ def pairs(n: int) -> Iterator[Pair]:
     wmse = WMSELoss(block_size=2 * WIDTH)
     theirs = of_both(lightly.WMSELoss(embedding_dim=WIDTH, w_size=2 * WIDTH))
     yield Pair("WMSELoss", "lightly", of_two(wmse), theirs, same=False)
+    yield from with_predictions(a, b)
+    yield with_prototypes(a, b)
+
+
+def with_predictions(first: Tensor, second: Tensor) -> Iterator[Pair]:
+    """Predictions of two views against embeddings of two views; lightly leaves directions and halving to the user."""
+    both = torch.stack([first, second]).detach().requires_grad_()
+    targets = both.detach().flip(1) + 0.1
+    (t1, t2), cosine = targets.clone(), lightly.NegativeCosineSimilarity()
+
+    def halved() -> Tensor:
+        return 0.5 * (cosine(first, t2) + cosine(second, t1))
+
+    def ours(loss: Callable[..., Tensor]) -> Step:
+        return step(lambda: loss(both, targets), both)
+
+    yield Pair("SimSiamLoss", "lightly", ours(SimSiamLoss()), step(halved, first, second))
+    yield Pair("BYOLLoss", "lightly", ours(BYOLLoss()), step(lambda: 4 + 4 * halved(), first, second))
+
+
+def with_prototypes(first: Tensor, second: Tensor) -> Pair:
+    """SwAV; lightly takes scores, so that its side forms them."""
+    ours = SwAVLoss(embedding_dim=WIDTH, num_prototypes=PROTOTYPES)
+    leaves, theirs = (first, second, ours.prototypes), lightly.SwaVLoss()
+
+    def scored() -> Tensor:
+        c = normalize(ours.prototypes, dim=1)
+        return theirs([normalize(z, dim=1) @ c.T for z in (first, second)], [])[0]
+
+    name = f"SwAVLoss, {PROTOTYPES} prototypes"
+    return Pair(name, "lightly", step(lambda: ours(first, second), *leaves), step(scored, *leaves))
 
 
 def with_banks(queries: Tensor, keys: Tensor) -> Pair:

@@ -41,7 +41,7 @@ from counterpoise._core import (
     without_autocast,
     world_size,
 )
-from counterpoise.contrastive._views import stack_views
+from counterpoise.contrastive._views import list_views
 from counterpoise.memory import MemoryBank
 from counterpoise.ot.assignment import balanced_assignment
 
@@ -85,8 +85,8 @@ def swav_loss(
         ValueError, TypeError: shapes or settings that do not fit.
     """
     _check(temperature, epsilon, iterations, code_views)
-    views = stack_views(z, other)
-    v, _, d = views.shape
+    views = list_views(z, other)
+    v, d = len(views), views[0].shape[-1]
     if v < 2:
         raise ValueError(f"z holds {v} views, expected at least two: z and other, or z of shape (V, N, d)")
     for name, width in (("prototypes", prototypes.shape[-1]), ("bank", d if bank is None else bank.keys.shape[1])):
@@ -96,20 +96,20 @@ def swav_loss(
         raise ValueError("normalize is False, expected True with a bank: its keys are unit vectors")
     check_per_row("weight", weight, views[0])
     check_per_row("mask", mask, views[0], dtype=torch.bool)
-    x = at_least_float32(views)
+    x = [at_least_float32(view) for view in views]
     if mask is not None:
-        x = torch.where(mask[None, :, None], x, 0)
+        x = [torch.where(mask[:, None], view, 0) for view in x]
     sync = sync and world_size() > 1
-    with without_autocast(x):
-        c = prototypes.to(x)
-        x, c = (unit(x, dim=-1), unit(c, dim=-1)) if normalize else (x, c)
-        scores = x @ c.T
-        log_p, of_view = log_softmax(scores / temperature, dim=-1), min(code_views, v)
-        rows = list(torch.zeros_like(scores[..., 0]))
-        for i in range(of_view):
-            codes = _codes(scores[i].detach(), c.detach(), bank, mask, epsilon, iterations, sync=sync)
-            for w in range(v):
-                rows[w] = rows[w] if w == i else rows[w] - (codes * log_p[w]).sum(-1)
+    with without_autocast(x[0]):
+        c = prototypes.to(x[0])
+        x, c = ([unit(view, dim=-1) for view in x], unit(c, dim=-1)) if normalize else (x, c)
+        c, of_view = c / temperature, min(code_views, v)  # logits are scores over tau, and so epsilon is over tau too
+        logits = [view @ c.T for view in x]
+        codes = [
+            _codes(s.detach(), c.detach(), bank, mask, epsilon / temperature, iterations, sync=sync)
+            for s in logits[:of_view]
+        ]
+        rows = [_cost(s, [q for i, q in enumerate(codes) if i != w]) for w, s in enumerate(logits)]
     return reduce_losses(
         torch.cat(rows) * (v / (of_view * (v - 1))),
         counted=None if mask is None else mask.repeat(v),
@@ -118,6 +118,14 @@ def swav_loss(
         normalizer=normalizer,
         sync=sync,
     )
+
+
+def _cost(logits: Tensor, codes: list[Tensor]) -> Tensor:
+    """(N,) cross-entropy of a view's logits (N, K), summed over the codes (N, K) that it predicts."""
+    if not codes:
+        return torch.zeros_like(logits[:, 0])
+    target = codes[0] if len(codes) == 1 else torch.stack(codes).sum(0)
+    return -torch.linalg.vecdot(target, log_softmax(logits, dim=-1))
 
 
 def _codes(
@@ -130,7 +138,7 @@ def _codes(
     *,
     sync: bool,
 ) -> Tensor:
-    """(N, K) codes of a view with these scores, assigned together with the bank."""
+    """(N, K) codes of a view with these scores, of embeddings with ``prototypes``, assigned together with the bank."""
     n = len(scores)
     if bank is not None:
         counted = torch.ones(n, dtype=torch.bool, device=scores.device) if mask is None else mask

@@ -13,6 +13,13 @@ from all examples; in logarithms neither happens, and a shift of all scores chan
 1 / K and rows to 1 / B in between (SwAV) or not (lightly), which cancels. Several ranks: the sum over examples is over
 those of all ranks, so that the codes are those of one process on the whole batch.
 
+Logarithms are taken in the first of every three iterations. After that step of f, each row of
+
+.. math:: E_{ik} = e^{s_{ik} / \epsilon - f_k - m_i}, \qquad m_i = \max_k (s_{ik} / \epsilon - f_k)
+
+holds a one, and each column an entry of at least 1 / B. So the scalings of the next two iterations stay within (B K)^2,
+and products of E with a vector do.
+
 Source: Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, 2020, eq. 3 to 5, and
 the released code; Cuturi, Sinkhorn Distances: Lightspeed Computation of Optimal Transport, 2013.
 """
@@ -31,6 +38,8 @@ from counterpoise._core import (
     world_size,
 )
 from counterpoise.distributed import gather_rows
+
+IN_A_ROW = 3  # iterations with one kernel
 
 
 @torch.no_grad()
@@ -61,17 +70,35 @@ def balanced_assignment(
     check_number("epsilon", epsilon, 0, open_low=True)
     check_number("iterations", iterations, 1)
     check_per_row("mask", mask, scores, dtype=torch.bool)
+    sync = sync and world_size() > 1
     with without_autocast(scores):
-        s = at_least_float32(scores) / epsilon
+        s, g = at_least_float32(scores) / epsilon, None
         if mask is not None:
             s = torch.where(mask[:, None], s, -torch.inf)
-        g = s.new_zeros(len(s))
-        for _ in range(iterations):
-            f = _log_sum_over_ranks(s - g[:, None], sync=sync and world_size() > 1)
-            g = (s - f).logsumexp(1)
-            if mask is not None:
-                g = torch.where(mask, g, 0)
-        return (s - f - g[:, None]).exp()
+        for done in range(0, iterations, IN_A_ROW):
+            codes, g = _iterated(s, g, min(IN_A_ROW, iterations - done), mask, sync=sync)
+        return codes
+
+
+def _iterated(s: Tensor, g: Tensor | None, count: int, mask: Tensor | None, *, sync: bool) -> tuple[Tensor, Tensor]:
+    """Codes (B, K) and g (B,) of ``count`` iterations from g, zero where None."""
+    scores = s - _log_sum_over_ranks(s if g is None else s - g[:, None], sync=sync)
+    top = scores.amax(1, keepdim=True)
+    if mask is not None:
+        top = torch.where(mask[:, None], top, 0)
+    kernel = scores.sub_(top).exp_()
+    u, v = _inverse(kernel.sum(1)), None
+    for _ in range(count - 1):
+        sums = u @ kernel
+        v = _inverse(gather_rows(sums[None]).sum(0) if sync else sums)
+        u = _inverse(kernel @ v)
+    codes = kernel.mul_(u[:, None])
+    return codes if v is None else codes.mul_(v), top[:, 0] - u.log()
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, 0 for nothing."""
+    return torch.where(x == 0, 0, 1 / x)
 
 
 def _log_sum_over_ranks(x: Tensor, *, sync: bool) -> Tensor:

@@ -37,6 +37,26 @@ def test_it_is_the_alternate_scaling_of_exponentials(epsilon: float, iterations:
     assert_close(ours, by_scaling(scores(), epsilon, iterations))
 
 
+def by_logarithms(s: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """The formula as it stands."""
+    s = s / epsilon
+    g = torch.zeros(len(s), dtype=s.dtype)
+    for _ in range(iterations):
+        f = (s - g[:, None]).logsumexp(0)
+        g = (s - f).logsumexp(1)
+    return (s - f - g[:, None]).exp()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 50])
+@pytest.mark.parametrize("spread", [1.0, 100.0, 1e4])
+def test_products_and_logarithms_give_the_same_codes(iterations: int, spread: float) -> None:
+    """Scores far beyond what an exponential of them could hold."""
+    s = spread * scores(40, 7)
+    assert_close(balanced_assignment(s, iterations=iterations), by_logarithms(s, 0.05, iterations))
+    found = balanced_assignment(s.float(), iterations=iterations)
+    assert_close(found.sum(1), torch.ones(40))
+
+
 def test_each_row_is_a_distribution() -> None:
     assert_close(balanced_assignment(scores()).sum(1), torch.ones(B, dtype=torch.float64))
 
