@@ -71,3 +71,17 @@ def ranks() -> Iterator[Pool]:
     pool = Pool(3)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pool]:
+    """Two, likewise."""
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pools(pair: Pool, ranks: Pool) -> dict[int, Pool]:
+    """Both, by their number of processes."""
+    return {2: pair, 3: ranks}

@@ -1,4 +1,4 @@
-"""C6: three ranks on a split batch give the loss, the averaged gradients and the state of one process on all of it."""
+"""C6: ranks on a split batch give the loss, the averaged gradients and the state of one process on all of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from tests.contracts.parts import OBJECTIVES, REWEIGHTERS, Batch, batch_of, buil
 from tests.pool import Pool
 
 N = 12
-SPLITS = {"even": (4, 4, 4), "uneven": (5, 1, 6), "an empty rank": (7, 0, 5)}
+SPLITS = {
+    "two": (6, 6),
+    "two, uneven": (5, 7),
+    "three": (4, 4, 4),
+    "three, uneven": (5, 1, 6),
+    "an empty rank": (7, 0, 5),
+}
 EXACT = [p for p in OBJECTIVES if p.spec.distributed != "single_process"]
 
 
@@ -54,9 +60,9 @@ def step(rank: int, part: type, settings: dict[str, Any], options: dict[str, Ten
     return averaged(loss), averaged(parameter.grad)
 
 
-def compare(pool: Pool, function: Any, *arguments: Any, split: tuple[int, ...]) -> None:
+def compare(pools: dict[int, Pool], function: Any, *arguments: Any, split: tuple[int, ...]) -> None:
     expected = function(0, *arguments, (N,))
-    for got in pool.run(function, *arguments, split):
+    for got in pools[len(split)].run(function, *arguments, split):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
@@ -64,18 +70,18 @@ def compare(pool: Pool, function: Any, *arguments: Any, split: tuple[int, ...]) 
 @pytest.mark.parametrize("part", EXACT, ids=ids(EXACT))
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.filterwarnings("ignore:LDAMLoss got logits")
-def test_ranks_equal_one_process(part: type, split: tuple[int, ...], ranks: Pool) -> None:
-    compare(ranks, step, part, {}, {}, split=split)
+def test_ranks_equal_one_process(part: type, split: tuple[int, ...], pools: dict[int, Pool]) -> None:
+    compare(pools, step, part, {}, {}, split=split)
 
 
 @pytest.mark.parametrize("part", EXACT, ids=ids(EXACT))
 @pytest.mark.filterwarnings("ignore:LDAMLoss got logits")
-def test_ranks_equal_one_process_with_weights_masks_and_normalisers(part: type, ranks: Pool) -> None:
+def test_ranks_equal_one_process_with_weights_masks_and_normalisers(part: type, pools: dict[int, Pool]) -> None:
     g = torch.Generator().manual_seed(1)
     options = {"weight": torch.rand(N, generator=g, dtype=torch.float64), "mask": torch.rand(N, generator=g) < 0.6}
     every = [{"normalizer": "count"}, {"normalizer": "weight"}, {"normalizer": "positives"}, {"reduction": "sum"}]
     for settings in every if part.spec.per_row else [{}]:
-        compare(ranks, step, part, settings, options, split=SPLITS["uneven"])
+        compare(pools, step, part, settings, options, split=SPLITS["three, uneven"])
 
 
 def reweighted_steps(rank: int, part: type, split: tuple[int, ...]) -> Any:
@@ -93,8 +99,8 @@ def reweighted_steps(rank: int, part: type, split: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("part", REWEIGHTERS, ids=ids(REWEIGHTERS))
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_reweighters_equal_one_process(part: type, split: tuple[int, ...], ranks: Pool) -> None:
-    compare(ranks, reweighted_steps, part, split=split)
+def test_reweighters_equal_one_process(part: type, split: tuple[int, ...], pools: dict[int, Pool]) -> None:
+    compare(pools, reweighted_steps, part, split=split)
 
 
 def plain_mean(rank: int, split: tuple[int, ...]) -> Any:
@@ -109,5 +115,5 @@ def plain_mean(rank: int, split: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
-def test_composition_without_a_reweighter_equals_one_process(split: tuple[int, ...], ranks: Pool) -> None:
-    compare(ranks, plain_mean, split=split)
+def test_composition_without_a_reweighter_equals_one_process(split: tuple[int, ...], pools: dict[int, Pool]) -> None:
+    compare(pools, plain_mean, split=split)

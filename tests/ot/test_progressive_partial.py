@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -260,13 +259,6 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
 # Several ranks
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
-
-
 def labels_of_rank(rank: int, z: Tensor, split: tuple[int, ...], setting: dict[str, Any]) -> tuple[Any, ...]:
     start = sum(split[:rank])
     return tuple(p2ot_labels(z[start : start + split[rank]], sync=True, tolerance=1e-13, **setting))
@@ -274,11 +266,11 @@ def labels_of_rank(rank: int, z: Tensor, split: tuple[int, ...], setting: dict[s
 
 @pytest.mark.parametrize("setting", [*SETTINGS[:1], *SETTINGS[-2:]], ids=str)
 @pytest.mark.parametrize("split", [(20, 20), (1, 39), (0, 40), (13, 13, 14), (0, 39, 1)], ids=str)
-def test_rows_may_be_split_over_ranks(split: tuple[int, ...], setting: dict[str, Any], pair: Pool, ranks: Pool) -> None:
+def test_rows_may_be_split_over_ranks(split: tuple[int, ...], setting: dict[str, Any], pools: dict[int, Pool]) -> None:
     for scale in (2.0, 300.0):  # with a kernel, and in logarithms
         z = logits_of(scale=scale)
         expected = solved(z, **setting)
-        parts = (pair if len(split) == 2 else ranks).run(labels_of_rank, z, split, setting)
+        parts = pools[len(split)].run(labels_of_rank, z, split, setting)
         assert_close(torch.cat([part[0] for part in parts]), expected.labels, rtol=1e-9, atol=1e-11)
         assert_close(torch.cat([part[1] for part in parts]), expected.row_mass, rtol=1e-9, atol=1e-11)
         for part in parts:

@@ -258,11 +258,13 @@ def run_split(rank: int, kind: str, splits: list[tuple[int, ...]]) -> tuple[list
     return found, buffers(made)
 
 
-@pytest.mark.parametrize("kind", ["p2ot", "sp2ot"])
-def test_ranks_label_as_one_process_does(kind: str, ranks: Pool) -> None:
-    splits = [(2, 2, 2), (3, 0, 4), (1, 5, 1), (2, 2, 2)]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "splits", [[(3, 3), (0, 7), (6, 1), (3, 3)], [(2, 2, 2), (3, 0, 4), (1, 5, 1), (2, 2, 2)]], ids=["two", "three"]
+)
+def test_ranks_label_as_one_process_does(kind: str, splits: list[tuple[int, ...]], pools: dict[int, Pool]) -> None:
     expected, state = run_split(0, kind, [(sum(split),) for split in splits])
-    parts = ranks.run(run_split, kind, splits)
+    parts = pools[len(splits[0])].run(run_split, kind, splits)
     for step, labels in enumerate(expected):
         assert_close(torch.cat([found[step] for found, _ in parts], 1), labels)
     for _, held in parts:

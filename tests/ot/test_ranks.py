@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from counterpoise.ot import OTResult, SquaredEuclidean, partial_sinkhorn, sinkho
 from tests.ot.problems import transport
 from tests.pool import Pool
 
-SPLITS = {"even": (3, 3, 3), "uneven": (1, 6, 2), "one empty": (4, 0, 5)}
+SPLITS = {"two": (5, 4), "two, one empty": (9, 0), "even": (3, 3, 3), "uneven": (1, 6, 2), "one empty": (4, 0, 5)}
 INF = float("inf")
 PENALTY = [0.3, INF, 2.0, 0.7, 1.0]
 TIGHT: dict[str, Any] = {"epsilon": 0.1, "tolerance": 1e-12}
@@ -26,13 +25,6 @@ SOLVERS: dict[str, Any] = {
     "semi-relaxed": (unbalanced_sinkhorn, {"penalty_a": INF, "penalty_b": 3.0}),
     "partial": (partial_sinkhorn, {"mass": 0.7}),
 }
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
 
 
 def solve(name: str, cost: Any, a: Tensor | None, b: Tensor | None, sync: bool, gradient: str) -> OTResult:
@@ -79,15 +71,10 @@ def compare(parts: list[dict[str, Tensor]], alone: dict[str, Tensor], gradient: 
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("zeros", [False, True])
-def test_three_ranks_are_one(ranks: Pool, name: str, sizes: tuple[int, ...], zeros: bool) -> None:
+def test_ranks_are_one(pools: dict[int, Pool], name: str, sizes: tuple[int, ...], zeros: bool) -> None:
     case = (name, "none")
-    compare(ranks.run(on_rank, *case, sizes, zeros, False), on_rank(0, *case, (), zeros, False), "none")
-
-
-@pytest.mark.parametrize("sizes", [(5, 4), (9, 0)])
-def test_two_ranks_are_one(pair: Pool, sizes: tuple[int, ...]) -> None:
-    case = ("sinkhorn", "implicit")
-    compare(pair.run(on_rank, *case, sizes, True, False), on_rank(0, *case, (), True, False), "implicit")
+    parts = pools[len(sizes)].run(on_rank, *case, sizes, zeros, False)
+    compare(parts, on_rank(0, *case, (), zeros, False), "none")
 
 
 def test_uniform_masses_are_those_of_all_rows(ranks: Pool) -> None:
@@ -109,12 +96,16 @@ def test_uniform_masses_are_those_of_all_rows(ranks: Pool) -> None:
         ("partial", "unroll"),
     ],
 )
-@pytest.mark.parametrize("sizes", [(1, 6, 2), (4, 0, 5)], ids=["uneven", "one empty"])
-def test_gradients_of_three_ranks_are_those_of_one(
-    ranks: Pool, name: str, gradient: str, sizes: tuple[int, ...]
-) -> None:
-    case = (name, gradient)
-    compare(ranks.run(on_rank, *case, sizes, False, False), on_rank(0, *case, (), False, False), gradient)
+@pytest.mark.parametrize("split", ["two", "two, one empty", "uneven", "one empty"])
+def test_gradients_of_ranks_are_those_of_one(pools: dict[int, Pool], name: str, gradient: str, split: str) -> None:
+    case, sizes = (name, gradient), SPLITS[split]
+    parts = pools[len(sizes)].run(on_rank, *case, sizes, False, False)
+    compare(parts, on_rank(0, *case, (), False, False), gradient)
+
+
+def test_implicit_gradients_beside_masses_of_zero(pair: Pool) -> None:
+    case = ("sinkhorn", "implicit")
+    compare(pair.run(on_rank, *case, (5, 4), True, False), on_rank(0, *case, (), True, False), "implicit")
 
 
 # Points
