@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from counterpoise.contrastive import BarlowTwinsLoss, NTXentLoss, SwAVLoss, ntxent_loss
+from counterpoise.contrastive import (
+    ASCLLoss,
+    BarlowTwinsLoss,
+    BYOLLoss,
+    CACRLoss,
+    CWRGPLoss,
+    NTXentLoss,
+    SwAVLoss,
+    ntxent_loss,
+)
 from counterpoise.losses import CrossEntropyLoss
 from counterpoise.memory import MomentumEncoder
 from counterpoise.recipes import Checkpoints, SelfSupervised, SmallCNN, SupervisedContrastive, Views, fit
@@ -118,8 +127,16 @@ def test_it_learns_and_the_folder_holds_what_the_report_needs(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [(NTXentLoss, {"bank_size": 100, "schedule": "cosine"}), (BarlowTwinsLoss, {})],
-    ids=["queue and teacher", "statistics"],
+    [
+        (NTXentLoss, {"bank_size": 100, "schedule": "cosine"}),
+        (BarlowTwinsLoss, {}),
+        (ASCLLoss, {"bank_size": 100, "key_views": Views(crop=(0.8, 1.0))}),
+        (lambda: CACRLoss(mode="queue"), {"bank_size": 100}),
+        (BYOLLoss, {"schedule": "cosine"}),
+        (lambda: SwAVLoss(num_prototypes=20, embedding_dim=64), {"bank_size": 100}),
+        (lambda: CWRGPLoss(block_size=8), {}),
+    ],
+    ids=["queue and teacher", "statistics", "ASCL", "CACR's queue", "BYOL", "prototypes and bank", "steps counted"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, loss: Any, options: dict[str, Any]) -> None:
     recipe, _ = trained(tmp_path / "whole", loss=loss(), **options)
