@@ -13,11 +13,12 @@ from counterpoise._core.checks import (
 from counterpoise._core.modules import Loss, PreciseBuffers
 from counterpoise._core.passes import in_second_pass, second_pass
 from counterpoise._core.ranks import rank, sum_over_ranks, world_size
-from counterpoise._core.reduction import combine_inner, reduce_losses
+from counterpoise._core.reduction import INNERS, check_reduction, combine_inner, reduce_losses
 from counterpoise._core.seeds import generator_for, mix_seeds, normal_by_index, uniform_by_index
 from counterpoise._core.spec import No, Spec
 
 __all__ = [
+    "INNERS",
     "Loss",
     "No",
     "PreciseBuffers",
@@ -27,6 +28,7 @@ __all__ = [
     "check_embeddings",
     "check_number",
     "check_per_row",
+    "check_reduction",
     "check_within",
     "combine_inner",
     "generator_for",

@@ -21,12 +21,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from counterpoise import kernels
 from counterpoise._core import Loss, Spec, check_number, combine_inner, reduce_losses
+from counterpoise.kernels import binary
 from counterpoise.losses._inputs import along_classes, check_multilabel, class_vector, labels_and_live
 from counterpoise.losses.sigmoid_focal import holds_soft_labels
 
@@ -74,6 +78,32 @@ def asymmetric_loss(
     """
     check_multilabel(logits, target, mask, weight)
     check_asymmetry(gamma_neg, gamma_pos, margin, eps)
+    if class_weight is not None:
+        class_weight = class_vector("class_weight", class_weight, logits)
+    settings = (gamma_neg, gamma_pos, margin, eps, detach_weight)
+    plain = partial(_plain, target=target, settings=settings, class_weight=class_weight, mask=mask)
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if kernels.runs_on(logits, "binary_total"):
+        loss = binary.asymmetric(*settings)
+        return binary.binary_loss(
+            loss, logits, target, plain, class_weight=class_weight, mask=mask, sync=sync, **options
+        )
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    settings: tuple[float, float, float, float | None, bool],
+    class_weight: Tensor | None,
+    mask: Tensor | None,
+    inner: str,
+    sync: bool = False,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
+    gamma_neg, gamma_pos, margin, eps, detach_weight = settings
     z, t, counted = labels_and_live(logits, target, mask)
     soft = target.is_floating_point() and holds_soft_labels(t)
     cross_entropy, focus = _terms(z, t, gamma_neg, gamma_pos, margin, eps, soft=soft)
@@ -83,17 +113,9 @@ def asymmetric_loss(
     if margin > 0 or eps is not None:  # bounded: what is not finite would come out finite
         losses = torch.where(z < torch.inf, losses, torch.nan)
     if class_weight is not None:
-        losses = losses * along_classes(class_vector("class_weight", class_weight, z), z)
+        losses = losses * along_classes(class_weight.to(z), z)
     rows, counted_rows = combine_inner(losses, counted, inner)
-    return reduce_losses(
-        rows,
-        counted=counted_rows,
-        weight=weight,
-        positives=t.sum(),
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
-    )
+    return reduce_losses(rows, counted=counted_rows, positives=t.sum(), sync=sync, **reduction)
 
 
 def _terms(

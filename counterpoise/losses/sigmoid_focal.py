@@ -15,11 +15,16 @@ Source: Lin et al., Focal Loss for Dense Object Detection, 2017, eq. 5.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from counterpoise import kernels
 from counterpoise._core import Loss, Spec, check_number, combine_inner, readable, reduce_losses
+from counterpoise.kernels.binary import binary_loss, focal
 from counterpoise.losses._inputs import check_multilabel, labels_and_live
 
 
@@ -59,22 +64,34 @@ def sigmoid_focal_loss(
     """
     check_multilabel(logits, target, mask, weight)
     check_number("gamma", gamma, 0)
+    if alpha is not None:
+        check_number("alpha", alpha, 0, 1)
+    plain = partial(_plain, target=target, alpha=alpha, gamma=gamma, mask=mask)
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if kernels.runs_on(logits, "binary_total"):
+        return binary_loss(focal(alpha, gamma), logits, target, plain, mask=mask, sync=sync, **options)
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    alpha: float | None,
+    gamma: float,
+    mask: Tensor | None,
+    inner: str,
+    sync: bool = False,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
     z, t, counted = labels_and_live(logits, target, mask)
     log_p, log_not_p = binary_log_probabilities(z, t, soft=target.is_floating_point() and holds_soft_labels(t))
     losses = -log_p if gamma == 0 else -log_p * torch.exp(gamma * log_not_p)
     if alpha is not None:
-        check_number("alpha", alpha, 0, 1)
         losses = losses * (alpha * t + (1 - alpha) * (1 - t))
     rows, counted_rows = combine_inner(losses, counted, inner)
-    return reduce_losses(
-        rows,
-        counted=counted_rows,
-        weight=weight,
-        positives=t.sum(),
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
-    )
+    return reduce_losses(rows, counted=counted_rows, positives=t.sum(), sync=sync, **reduction)
 
 
 def binary_log_probabilities(z: Tensor, t: Tensor, *, soft: bool) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,15 @@ Source: Lin et al., Focal Loss for Dense Object Detection, 2017, appendix A (bet
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from counterpoise import kernels
 from counterpoise._core import Loss, Spec, check_number, combine_inner, reduce_losses
+from counterpoise.kernels.binary import binary_loss, focal_star
 from counterpoise.losses._inputs import check_multilabel, labels_and_live
 
 
@@ -44,20 +49,32 @@ def sigmoid_focal_star_loss(
     """
     check_multilabel(logits, target, mask, weight)
     check_focal_star(alpha, gamma, beta)
+    plain = partial(_plain, target=target, alpha=alpha, gamma=gamma, beta=beta, mask=mask)
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if kernels.runs_on(logits, "binary_total"):
+        return binary_loss(focal_star(alpha, gamma, beta), logits, target, plain, mask=mask, sync=sync, **options)
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    alpha: float | None,
+    gamma: float,
+    beta: float,
+    mask: Tensor | None,
+    inner: str,
+    sync: bool = False,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
     z, t, counted = labels_and_live(logits, target, mask)
     losses = -logsigmoid(gamma * (2 * t - 1) * z + beta) / gamma
     if alpha is not None:
         losses = losses * (alpha * t + (1 - alpha) * (1 - t))
     rows, counted_rows = combine_inner(losses, counted, inner)
-    return reduce_losses(
-        rows,
-        counted=counted_rows,
-        weight=weight,
-        positives=t.sum(),
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
-    )
+    return reduce_losses(rows, counted=counted_rows, positives=t.sum(), sync=sync, **reduction)
 
 
 def check_focal_star(alpha: float | None, gamma: float, beta: float) -> None:

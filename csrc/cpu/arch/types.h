@@ -1,0 +1,94 @@
+// Reading and writing the storage types; everything is computed in float, or in double for double.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../../math/primitives.h"
+#include "../capability.h"
+
+namespace counterpoise::CP_ARCH {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+CP_INLINE float widen(float x) { return x; }
+CP_INLINE double widen(double x) { return x; }
+CP_INLINE float widen(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+CP_INLINE float widen(_Float16 x) { return static_cast<float>(x); }
+CP_INLINE float widen(uint8_t x) { return static_cast<float>(x); }
+CP_INLINE float widen(int64_t x) { return static_cast<float>(x); }
+
+template <class S>
+struct Narrow {
+  template <class T>
+  static CP_INLINE S from(T x) {
+    return static_cast<S>(x);
+  }
+};
+
+template <>
+struct Narrow<bfloat16> {
+  // To nearest, ties to even; NaN stays NaN.
+  static CP_INLINE bfloat16 from(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+  }
+};
+
+template <class S>
+struct Computed {
+  using type = float;
+};
+template <>
+struct Computed<double> {
+  using type = double;
+};
+
+// Calls f with a null pointer of the storage type.
+template <class F>
+auto with_float_type(Type type, F&& f) {
+  switch (type) {
+    case Type::float64: return f(static_cast<const double*>(nullptr));
+    case Type::bfloat16: return f(static_cast<const bfloat16*>(nullptr));
+    case Type::float16: return f(static_cast<const _Float16*>(nullptr));
+    default: return f(static_cast<const float*>(nullptr));
+  }
+}
+
+template <class F>
+auto with_type(Type type, F&& f) {
+  switch (type) {
+    case Type::uint8: return f(static_cast<const uint8_t*>(nullptr));
+    case Type::int64: return f(static_cast<const int64_t*>(nullptr));
+    default: return with_float_type(type, f);
+  }
+}
+
+template <class T, class S>
+CP_INLINE void load(const S* from, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i]));
+}
+
+template <class S, class T>
+CP_INLINE void store(const T* from, int64_t n, S* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Narrow<S>::from(from[i]);
+}
+
+// Sixteen partial sums, added in a fixed order.
+template <class T>
+CP_INLINE T sum(const T* x, int64_t n) {
+  T part[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int k = 0; k < 16; ++k) part[k] += x[i + k];
+  T total = 0;
+  for (; i < n; ++i) total += x[i];
+  for (int k = 8; k > 0; k /= 2)
+    for (int j = 0; j < k; ++j) part[j] += part[j + k];
+  return total + part[0];
+}
+
+}  // namespace counterpoise::CP_ARCH

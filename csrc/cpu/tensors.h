@@ -1,0 +1,51 @@
+// Between torch's stable interface and the plain structures that the loops are given.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "capability.h"
+
+namespace counterpoise {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    case ScalarType::Bool:
+    case ScalarType::Byte: return Type::uint8;
+    case ScalarType::Long: return Type::int64;
+    default: STD_TORCH_CHECK(false, "counterpoise: unsupported element type");
+  }
+}
+
+// The type in which a problem with these logits is computed.
+inline ScalarType computed_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
+}
+
+inline const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+
+// f(begin, end) over [0, n) in torch's own thread pool; small jobs stay in the calling thread.
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= grain) {
+    if (n > 0) f(int64_t(0), n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+}  // namespace counterpoise

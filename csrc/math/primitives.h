@@ -1,0 +1,140 @@
+// The scalar functions in which the formulas are written, for both back ends.
+//
+// On the host, float versions have no branch and no table, so that a loop over them becomes vector code; errors are a
+// few units in the last place. On a device and for double the standard library serves.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define CP_INLINE __host__ __device__ __forceinline__
+#else
+#define CP_INLINE inline __attribute__((always_inline))
+#endif
+
+#if defined(__CUDA_ARCH__)
+#define CP_ON_DEVICE 1
+#else
+#define CP_ON_DEVICE 0
+#endif
+
+namespace counterpoise::math {
+
+template <class T>
+constexpr T infinity = std::numeric_limits<T>::infinity();
+
+// Comparisons are ordered so that NaN passes through as the second argument.
+template <class T>
+CP_INLINE T at_least(T low, T x) {
+  return x < low ? low : x;
+}
+
+template <class T>
+CP_INLINE T at_most(T high, T x) {
+  return x > high ? high : x;
+}
+
+CP_INLINE double exp(double x) { return ::exp(x); }
+CP_INLINE double log(double x) { return ::log(x); }
+CP_INLINE double log1p(double x) { return ::log1p(x); }
+CP_INLINE double log1p_unit(double x) { return ::log1p(x); }
+
+// e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). 0 below -87.3, infinity above 88.7.
+CP_INLINE float exp(float x) {
+#if CP_ON_DEVICE
+  return ::expf(x);
+#else
+  constexpr float low = -87.3f, high = 88.7f, round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float c = at_most(high, at_least(low, x));
+  const float shifted = c * 1.44269504088896341f + round;
+  const float n = shifted - round;
+  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float power = __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23);
+  const float y = p * power;
+  return x < low ? 0.0f : (x > high ? infinity<float> : y);
+#endif
+}
+
+// log(1 + x) for x in [0, 1]: 2 artanh(s) with s = x / (2 + x) in [0, 1/3], by its series.
+CP_INLINE float log1p_unit(float x) {
+#if CP_ON_DEVICE
+  return ::log1pf(x);
+#else
+  const float s = x / (2.0f + x);
+  const float q = s * s;
+  float p = 1.0f / 15;
+  p = p * q + 1.0f / 13;
+  p = p * q + 1.0f / 11;
+  p = p * q + 1.0f / 9;
+  p = p * q + 1.0f / 7;
+  p = p * q + 1.0f / 5;
+  p = p * q + 1.0f / 3;
+  return 2 * s + 2 * s * q * p;
+#endif
+}
+
+// log(x) of a normal x > 0; -infinity at 0 and for subnormal x. NaN for x < 0.
+CP_INLINE float log(float x) {
+#if CP_ON_DEVICE
+  return ::logf(x);
+#else
+  // The mantissa is taken in [sqrt(1/2), sqrt(2)), so that s stays within 0.172.
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x) - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  const float m = __builtin_bit_cast(float, (bits & 0x007fffffu) + 0x3f3504f3u);
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float q = s * s;
+  float p = 1.0f / 9;
+  p = p * q + 1.0f / 7;
+  p = p * q + 1.0f / 5;
+  p = p * q + 1.0f / 3;
+  const float y = n * 0.693359375f + (2 * s + (2 * s * q * p - n * 2.12194440e-4f));
+  const float of_zero = x < 0 ? std::numeric_limits<float>::quiet_NaN() : -infinity<float>;
+  return x < std::numeric_limits<float>::min() ? of_zero : (x < infinity<float> ? y : x);
+#endif
+}
+
+// log(1 + x) for x in (-1, 0]: through log(w) with w = 1 + x rounded, and what the rounding lost.
+CP_INLINE float log1p(float x) {
+#if CP_ON_DEVICE
+  return ::log1pf(x);
+#else
+  const float w = 1.0f + x;
+  return log(w) + (x - (w - 1.0f)) / w;
+#endif
+}
+
+// An exponent >= 0. Whole numbers up to 7 are products of squares, chosen without a branch.
+template <class T>
+struct Exponent {
+  T value;
+  int whole;  // the value, if it is whole and at most 7; else -1
+};
+
+template <class T>
+inline Exponent<T> exponent(double value) {
+  const int whole = value >= 0 && value <= 7 ? static_cast<int>(value) : -1;
+  return {static_cast<T>(value), whole == value ? whole : -1};
+}
+
+// base^g for base in [0, 1], of which the logarithm is at hand; only one of the two is read.
+template <bool Whole, class T>
+CP_INLINE T power(T base, T log_base, const Exponent<T>& g) {
+  if constexpr (Whole) {
+    const T square = base * base;
+    return (g.whole & 1 ? base : T(1)) * (g.whole & 2 ? square : T(1)) * (g.whole & 4 ? square * square : T(1));
+  } else {
+    return g.value == 0 ? T(1) : exp(g.value * log_base);
+  }
+}
+
+}  // namespace counterpoise::math
