@@ -30,6 +30,7 @@ MANDATORY = {
     "data/csv": ["data.path=table.csv", "data.label=y"],
     "data/embeddings_npz": ["data.path=embeddings.npz"],
     "data/image_folder": ["data.root=images"],
+    "data/mask_folder": ["data.root=scans"],
     "data/multi_label_csv": ["data.path=table.csv", "data.labels=y"],
     "data/multi_task_csv": ["data.path=table.csv", "data.classifications=[y]"],
     "data/paired_csv": ["data.path=pairs.csv", "data.image=file"],
@@ -41,6 +42,7 @@ NEEDS_OTHERS = {
     "data/embeddings_npz": ["model=mlp"],
     "data/digits_canvas": ["recipe=multi_label"],
     "data/digits_scenes": ["recipe=semi_segmentation"],
+    "data/mask_folder": ["recipe=semi_segmentation"],
     "data/multi_label_csv": ["recipe=multi_label"],
     "data/multi_task_csv": ["recipe=multi_task", "model=mlp"],
     "data/digits_attributes": ["recipe=paired"],
@@ -149,7 +151,7 @@ DIFFERENT = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working folder with a table of three classes, images of two, scores and indices of examples in it."""
+    """A working folder with a table of three classes, images of two, masks, scores and indices of examples in it."""
     np.save(tmp_path / "scores.npy", np.linspace(0.1, 1.0, 50))
     np.save(tmp_path / "indices.npy", np.arange(0, 50, 2))
     embeddings = np.random.default_rng(0).normal(size=(90, 4))
@@ -160,6 +162,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / "images" / label).mkdir(parents=True)
         for i in range(6):
             Image.new("RGB", (8, 8), (200, 10, 10)).save(tmp_path / "images" / label / f"{i}.png")
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / "scans" / kind).mkdir(parents=True)
+        for i in range(6):
+            pixels = np.tile(np.arange(8, dtype=np.uint8) // 4, (8, 1))
+            Image.fromarray(pixels).convert(mode).save(tmp_path / "scans" / kind / f"{i}.png")
     pairs = [f"images/{label}/{i}.png,{i},{label}" for label in ("cat", "dog") for i in range(6)]
     (tmp_path / "pairs.csv").write_text("\n".join(["file,number,word", *pairs]))
     with as_if_alone(tmp_path, ["counterpoise-train"]):

@@ -23,6 +23,7 @@ from counterpoise.recipes.data.long_tail import (
     long_tail_counts,
     long_tail_indices,
 )
+from counterpoise.recipes.data.mask_folders import mask_folder
 from counterpoise.recipes.data.multi_label_csv import multi_label_csv
 from counterpoise.recipes.data.multi_task_csv import multi_task_csv
 from counterpoise.recipes.data.own import from_datasets
@@ -64,6 +65,7 @@ __all__ = [
     "load_fashion_mnist",
     "long_tail_counts",
     "long_tail_indices",
+    "mask_folder",
     "multi_label_csv",
     "multi_task_csv",
     "paired_csv",
