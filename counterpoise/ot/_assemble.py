@@ -84,7 +84,8 @@ def dual_value(problem: Problem, f: Tensor, g: Tensor, mass: Tensor) -> Tensor:
 
 def gained(side: Side, potential: Tensor) -> Tensor:
     """Sum of mass times gain, (...)."""
-    return torch.where(side.mass > 0, side.mass * side.gain(potential), 0).sum(-1)
+    some = side.mass > 0
+    return torch.where(some, side.mass * side.gain(torch.where(some, potential, 0)), 0).sum(-1)
 
 
 def entropy_value(problem: Problem, a: Tensor, b: Tensor, value: Tensor) -> Tensor:

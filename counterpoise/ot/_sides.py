@@ -18,6 +18,7 @@ R_i exp(o_i / epsilon), give f_i - o_i, which keeps its digits where f_i / epsil
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -28,11 +29,17 @@ from torch import Tensor
 from counterpoise.distributed import all_reduce_sum, world_size
 
 NEWTON_STEPS = 3
+STEEP = -40.0  # logarithm of a slope that can be divided by
 
 
 def safe_log(x: Tensor) -> Tensor:
     """log x, and -inf with gradient 0 where x = 0."""
     return torch.where(x > 0, torch.where(x > 0, x, 1).log(), -torch.inf)
+
+
+def capped(exponent: Tensor) -> Tensor:
+    """No exponent that overflows, as that of an entry without mass may."""
+    return exponent.clamp_max(math.log(torch.finfo(exponent.dtype).max) - 20)
 
 
 def largest(x: Tensor) -> Tensor:
@@ -105,16 +112,12 @@ class Side:
         logs, log_mass, m = self.without_void(log_sums - offset / self.epsilon), safe_log(self.mass), ceiling.amount
         least = m.log() - ranks.logsumexp(logs[..., None])  # no a_i binds
         level = torch.maximum(ceiling.value / self.epsilon, least).detach()
-        kind = torch.finfo(m.dtype)
         for _ in range(NEWTON_STEPS):
             free = logs + level < log_mass
-            parts = torch.minimum(logs + level, log_mass).exp()
-            held, slope = ranks.sum(torch.stack([parts, torch.where(free, parts, 0)]).sum(-1, keepdim=True))
-            missing = m - held
-            rounding = torch.where(missing.abs() <= 4 * kind.eps * m, missing.detach(), 0)
-            growth = (1 + (missing - rounding) / slope.clamp_min(kind.tiny)).clamp_max(kind.max)
-            step = level + torch.where(growth > 0, growth, 1).log()
-            level = torch.where(growth > 0, torch.maximum(step, least), least)
+            held = ranks.sum(torch.minimum(logs + level, log_mass).exp().sum(-1, keepdim=True))
+            bottom = torch.finfo(m.dtype).min / 4  # not -inf, of which alone a log-sum-exp has no gradient
+            log_slope = ranks.logsumexp(torch.where(free, logs + level, bottom)[..., None])
+            level = newton_step(level, m - held, log_slope, m, least)
         return self.epsilon * level
 
     def raise_ceiling(self, log_sums: Tensor, offset: Tensor, ranks: Ranks) -> None:
@@ -154,11 +157,11 @@ class Side:
         if self.penalty is None:
             return potential
         rho = torch.where(self.penalty.isinf(), 1, self.penalty)
-        return torch.where(self.penalty.isinf(), potential, -rho * torch.expm1(-potential / rho))
+        return torch.where(self.penalty.isinf(), potential, -rho * torch.expm1(capped(-potential / rho)))
 
     def share(self, potential: Tensor) -> Tensor:
         """P 1 / a at the optimum, of a side without ceiling: exp(-f / rho), 1 where exact."""
-        return torch.ones_like(potential) if self.penalty is None else (-potential / self.penalty).exp()
+        return torch.ones_like(potential) if self.penalty is None else capped(-potential / self.penalty).exp()
 
     def part(self, start: int, stop: int) -> Side:
         """Entries [start, stop); the ceiling is shared."""
@@ -167,6 +170,22 @@ class Side:
             value = getattr(self, name)
             setattr(part, name, value if value is None else value[..., start:stop])
         return part
+
+
+def newton_step(level: Tensor, missing: Tensor, log_slope: Tensor, total: Tensor, least: Tensor) -> Tensor:
+    """The level at which a linear function of exp(level), with this slope in logarithms, makes up for what is missing.
+
+    A slope that is too small to divide by is that of entries from which the level is still far: what there is beside
+    them does not matter then.
+    """
+    rounding = missing.abs() <= 4 * torch.finfo(missing.dtype).eps * total
+    missing = missing - torch.where(rounding, missing.detach(), 0)
+    steep, some = log_slope > STEEP, missing > 0
+    growth = 1 + missing / torch.where(steep, log_slope, 0).exp()
+    near = torch.where(growth > 0, growth, 1).log()
+    far = torch.where(some, torch.where(some, missing, 1).log() - torch.where(steep, 0, log_slope), 0)
+    step = torch.maximum(level + torch.where(steep, near, far), least)
+    return torch.where(torch.where(steep, growth > 0, missing >= 0), step, least)
 
 
 class Ranks:

@@ -62,6 +62,7 @@ def error_of(problem: Problem, f: Tensor, g: Tensor, log_alpha: Tensor, log_beta
 
 
 def unrolled_plan(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
-    """alpha_i beta_j exp((f_i + g_j - C_ij) / epsilon), (..., N, K)."""
-    exponents = (f[..., None] + g[..., None, :] - problem.matrix) / problem.epsilon
+    """alpha_i beta_j exp((f_i + g_j - C_ij) / epsilon), (..., N, K); 0 without mass, however large the exponential."""
+    rows, columns = problem.rows.without_void(f), problem.columns.without_void(g)
+    exponents = (rows[..., None] + columns[..., None, :] - problem.matrix) / problem.epsilon
     return problem.rows.reference[..., None] * problem.columns.reference[..., None, :] * exponents.exp()

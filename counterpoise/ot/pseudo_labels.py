@@ -102,7 +102,7 @@ class PseudoLabels(PreciseBuffers):
         mass_start, mass_end, schedule: see :func:`~counterpoise.ot.mass_schedule`; read by "p2ot" and "sp2ot".
         epsilon, penalty, prior, max_iterations, tolerance: see :func:`~counterpoise.ot.p2ot_labels`; "uniform" has an
             infinite penalty.
-        semantic_weight, decay, safeguard, momentum, mm_max_iterations, mm_tolerance: see
+        semantic_weight, decay, safeguard, psd_shift, momentum, mm_max_iterations, mm_tolerance: see
             :func:`~counterpoise.ot.sp2ot_labels`. Tolerances are coarser here than there: training asks for no more.
 
     Buffers (persistent, so that a resumed run goes on exactly):
@@ -136,6 +136,7 @@ class PseudoLabels(PreciseBuffers):
         semantic_weight: float = 0.195,
         decay: bool = True,
         safeguard: bool = True,
+        psd_shift: bool = False,
         momentum: float = 1.0,
         max_iterations: int = 1000,
         tolerance: float = 1e-4,
@@ -160,7 +161,7 @@ class PseudoLabels(PreciseBuffers):
         }
         if kind == "sp2ot":
             self.options |= {"semantic_weight": semantic_weight, "decay": decay}
-            self.options |= {"safeguard": safeguard, "momentum": momentum}
+            self.options |= {"safeguard": safeguard, "psd_shift": psd_shift, "momentum": momentum}
             self.options |= {"mm_max_iterations": mm_max_iterations, "mm_tolerance": mm_tolerance}
         self.register_buffer("bank", torch.zeros(bank_size, num_clusters))
         self.register_buffer("bank_index", torch.full((bank_size,), -1))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from counterpoise.ot import SP2OTResult, knn_affinity, p2ot_labels, sp2ot_labels, sub_affinity
+from counterpoise.ot.semantic import lowest_eigenvalue
 
 N, K = 24, 4
 
@@ -78,9 +79,31 @@ def test_the_released_iteration_may_cycle_and_the_safeguard_stops_that() -> None
     z[3:] = -z[:3]
     options = {"semantic_weight": 20.0, "decay": False, "mass": 0.5, "mm_max_iterations": 30}
     released = solved(z, ring, safeguard=False, **options)
+    assert float(released.objective.diff().max()) > 0
     guarded = solved(z, ring, **options)
     assert float(guarded.objective.diff().max()) <= 1e-12
     assert float(guarded.objective[-1]) <= float(released.objective[-1]) + 1e-12
+    shifted = solved(z, ring, safeguard=False, psd_shift=True, **{**options, "semantic_weight": 1.0})
+    assert float(shifted.objective.diff().max()) <= 1e-12
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.6])
+@pytest.mark.parametrize("weight", [0.1, 1.0, 3.0])
+def test_with_a_shift_full_steps_fall(mass: float, weight: float) -> None:
+    found = solved(mass=mass, semantic_weight=weight, safeguard=False, psd_shift=True)
+    assert float(found.objective.diff().max()) <= 1e-12
+    by_hand = AFFINITY.to_dense()
+    by_hand = by_hand - torch.linalg.eigvalsh((by_hand + by_hand.T) / 2)[0] * torch.eye(N, dtype=torch.float64)
+    expected = solved(affinity=by_hand, mass=mass, semantic_weight=weight, safeguard=False)
+    assert_close(found.labels, expected.labels, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 300])
+def test_the_lowest_eigenvalue_is_not_undercut_and_found_within_a_hundredth(n: int) -> None:
+    matrix = draws(n, n).tril(-1)
+    matrix = matrix + matrix.T
+    true, found = float(torch.linalg.eigvalsh(matrix)[0]), lowest_eigenvalue(matrix)
+    assert true - 1e-9 <= found <= true + 0.01 * abs(true)
 
 
 def test_where_it_stops_another_step_changes_nothing() -> None:
