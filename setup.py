@@ -1,4 +1,4 @@
-"""Builds the compiled kernels, where a compiler and torch's headers are at hand; without them the package is pure Python.
+"""Builds the compiled kernels where a compiler and torch's headers are at hand; else the package is pure Python.
 
 The libraries use torch's stable interface alone: no Python headers, one binary for many versions of torch and Python.
 
@@ -100,7 +100,9 @@ class BuildKernels(build_ext):
         for source in sorted((ROOT / "csrc" / "cpu" / "arch").glob("*.cpp")):
             for name, flags in instruction_sets().items():
                 made = folder / f"{source.stem}_{name}.o"
-                jobs.append((made, [*self.cxx(), *LOOPS, *flags, f"-DCP_ARCH={name}", "-c", str(source), "-o", str(made)]))
+                jobs.append(
+                    (made, [*self.cxx(), *LOOPS, *flags, f"-DCP_ARCH={name}", "-c", str(source), "-o", str(made)])
+                )
         for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
             made = folder / f"{source.stem}.o"
             jobs.append((made, [*self.cxx(), *self.headers(), TARGET, "-c", str(source), "-o", str(made)]))
@@ -111,7 +113,14 @@ class BuildKernels(build_ext):
         architectures = os.environ.get("COUNTERPOISE_CUDA_ARCHITECTURES", "80;90").split(";")
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
         codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-        flags = ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags = [
+            "-std=c++20",
+            "-O3",
+            "-DUSE_CUDA",
+            TARGET,
+            "--expt-relaxed-constexpr",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+        ]
         jobs = []
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             made = folder / f"{source.stem}.o"

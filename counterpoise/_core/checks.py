@@ -39,9 +39,9 @@ def check_number(
     name: str, value: object, low: float = -float("inf"), high: float = float("inf"), *, open_low: bool = False
 ) -> None:
     """Raises unless ``value`` is a real number in [low, high], or (low, high] with ``open_low``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
-    number = float(value)
+    number = float(value)  # type: ignore[arg-type]
     if not (low < number <= high if open_low else low <= number <= high):
         raise ValueError(f"{name} is {value}, expected a number in {'(' if open_low else '['}{low}, {high}]")
 

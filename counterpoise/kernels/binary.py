@@ -10,38 +10,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, check_within, readable, reduce_losses
-from counterpoise.kernels._library import LIBRARY, define, differentiable, transformed
+from counterpoise.kernels._library import LIBRARY, TYPES, define, differentiable, transformed
 
 FOCAL, ASYMMETRIC, FOCAL_STAR = 0, 1, 2
-_TARGETS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.uint8, torch.int64})
+_TARGETS = TYPES | {torch.bool, torch.uint8, torch.int64}
 _CHUNK = 512  # entries that the CPU kernel takes together; shorter rows share a chunk
-_SETTINGS = (
-    "Tensor logits, Tensor target, Tensor? mask, Tensor? entry_weight, int row, int kind, float gamma_pos, "
-    "float gamma_neg, float alpha_pos, float alpha_neg, float margin, float log_eps, float beta, bool detach"
-)
+_INPUTS = "Tensor logits, Tensor target, Tensor? mask, Tensor? entry_weight"
 
-define(f"binary_rows({_SETTINGS}) -> (Tensor, Tensor)")
-define(f"binary_rows_backward({_SETTINGS}, Tensor by_row) -> Tensor")
-define(f"binary_total({_SETTINGS}, Tensor? weight, bool mean_in_row, float divisor) -> (Tensor, Tensor)")
-define(f"binary_total_grad({_SETTINGS}, Tensor? weight, bool mean_in_row, float divisor) -> (Tensor, Tensor)")
+# Outputs are arguments: allocating them here costs a tenth of what it does behind the stable interface.
+define(f"binary_rows({_INPUTS}, float[] settings, Tensor(a!) sums, Tensor(b!) counts) -> ()")
+define(f"binary_rows_backward({_INPUTS}, float[] settings, Tensor by_row, Tensor(a!) grad) -> ()")
 define(
-    f"binary_total_backward({_SETTINGS}, Tensor? weight, bool mean_in_row, Tensor upstream, Tensor divisor) -> Tensor"
+    f"binary_total({_INPUTS}, Tensor? weight, float[] settings, Tensor(a!) value, Tensor(b!)? divisor, "
+    "Tensor(c!)? grad) -> ()"
+)
+define(
+    f"binary_total_backward({_INPUTS}, Tensor? weight, float[] settings, Tensor upstream, Tensor divisor, "
+    "Tensor(a!) grad) -> ()"
 )
 
-_ops = torch.ops.counterpoise
+_rows_op = torch.ops.counterpoise.binary_rows.default
+_rows_backward_op = torch.ops.counterpoise.binary_rows_backward.default
+_total_op = torch.ops.counterpoise.binary_total.default
+_total_backward_op = torch.ops.counterpoise.binary_total_backward.default
 
 
-@dataclass(frozen=True)
-class Binary:
-    """One loss of the family with its settings; the formulas stand in the files of the losses."""
+class Binary(NamedTuple):
+    """One loss of the family with its settings, in the order of the schemas; the formulas stand at the losses."""
 
     kind: int
     gamma_pos: float
@@ -52,20 +54,6 @@ class Binary:
     log_eps: float = -float("inf")
     beta: float = 0.0
     detach: bool = False
-
-    def arguments(self) -> tuple[int, float, float, float, float, float, float, float, bool]:
-        """In the order of the schemas."""
-        return (
-            self.kind,
-            self.gamma_pos,
-            self.gamma_neg,
-            self.alpha_pos,
-            self.alpha_neg,
-            self.margin,
-            self.log_eps,
-            self.beta,
-            self.detach,
-        )
 
 
 def focal(alpha: float | None, gamma: float) -> Binary:
@@ -78,9 +66,7 @@ def focal_star(alpha: float | None, gamma: float, beta: float) -> Binary:
     return Binary(FOCAL_STAR, gamma, gamma, *_alphas(alpha), beta=beta)
 
 
-def asymmetric(
-    gamma_neg: float, gamma_pos: float, margin: float, eps: float | None, detach_weight: bool
-) -> Binary:
+def asymmetric(gamma_neg: float, gamma_pos: float, margin: float, eps: float | None, detach_weight: bool) -> Binary:
     """Asymmetric loss."""
     log_eps = -float("inf") if eps is None else math.log(eps)
     return Binary(ASYMMETRIC, gamma_pos, gamma_neg, margin=margin, log_eps=log_eps, detach=detach_weight)
@@ -123,24 +109,24 @@ def binary_loss(
         (target if target.dtype in _TARGETS else target.long()).contiguous(),
         None if mask is None else _fitted(mask, logits, by_entry),
         None if classes is None or by_entry else _whole_rows(classes, row),
-        row,
     )
+    mean_in_row = inner == "mean" and not by_entry
     apart = by_entry and (classes is not None or (weight is not None and logits.ndim > 1))
     try:
         if not (apart or sync or reduction == "none" or normalizer in ("weight", "positives")):
             divisor = 1.0 if reduction == "sum" else 0.0 if isinstance(normalizer, str) else float(normalizer)
             w = None if weight is None else weight.to(computed).contiguous()
             again = partial(plain, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer)
-            return _total(logits, (*inputs, *loss.arguments(), w, inner == "mean" and not by_entry, divisor), again)
+            return _total(logits, (*inputs, w), [row, *loss, mean_in_row, divisor], again)
         again = partial(plain, weight=None, inner="none" if by_entry else "sum", reduction="none", normalizer="count")
-        sums, counts = _rows(logits, (*inputs, *loss.arguments()), again)
+        sums, counts = _rows(logits, inputs, [row, *loss, False, 0.0], again)
     except RuntimeError:
         _check_labels(logits, target, mask)  # says which label it was
         raise
     if by_entry:
         sums, counts = sums.reshape(logits.shape), counts.reshape(logits.shape)
         sums = sums if classes is None else sums * classes.reshape(-1, *[1] * (logits.ndim - 2))
-    elif inner == "mean":
+    elif mean_in_row:
         sums = sums / counts.clamp_min(1)
     return reduce_losses(
         sums,
@@ -180,61 +166,83 @@ def _check_labels(logits: Tensor, target: Tensor, mask: Tensor | None) -> None:
         check_within("target", torch.where(_live(logits, target, mask), target, 0), 0, 1, what="labels")
 
 
-def _total(logits: Tensor, settings: tuple[Any, ...], plain: Callable[[Tensor], Tensor]) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _TracedTotal.apply(logits, *settings)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _ops.binary_total(logits.contiguous(), *settings)[0]
-    return _Total.apply(logits, settings, plain)
+Inputs = tuple[Tensor | None, ...]
+Plain = Callable[[Tensor], Tensor]
 
 
-def _rows(logits: Tensor, settings: tuple[Any, ...], plain: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> Tensor:
+    """The reduced loss; inputs are target, mask, entry weights and row weights."""
     if torch.compiler.is_compiling():
-        return _TracedRows.apply(logits, *settings)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _ops.binary_rows(logits.contiguous(), *settings)
-    return _Rows.apply(logits, settings, plain)
+        return _TracedTotal.apply(logits, *inputs, settings)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Total.apply(logits, inputs, settings, plain)
+    value = _new(logits)
+    _total_op(logits.contiguous(), *inputs, settings, value, None, None)
+    return value
+
+
+def _rows(logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> tuple[Tensor, Tensor]:
+    """Sums of rows and how many entries of each count; inputs are target, mask and entry weights."""
+    if torch.compiler.is_compiling():
+        return _TracedRows.apply(logits, *inputs, settings)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Rows.apply(logits, inputs, settings, plain)
+    return _run_rows(logits.contiguous(), inputs, settings)
+
+
+def _new(logits: Tensor, *shape: int) -> Tensor:
+    return logits.new_empty(shape, dtype=None if logits.dtype == torch.float64 else torch.float32)
+
+
+def _run_rows(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor, Tensor]:
+    row = int(settings[0])
+    rows = z.numel() // row if row else len(z)
+    sums, counts = _new(z, rows), _new(z, rows)
+    if not row:  # rows without entries
+        return sums.zero_(), counts.zero_()
+    _rows_op(z, *inputs, settings, sums, counts)
+    return sums, counts
 
 
 class _Total(torch.autograd.Function):
     """The reduced loss. On the host the gradient comes with it, and the first backward pass takes it away."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, settings: tuple[Any, ...], plain: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.settings, ctx.plain, ctx.grad = settings, plain, None
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> Tensor:
+        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
         ctx.save_for_backward(logits)
-        z = logits.contiguous()
-        if logits.is_cpu:
-            value, ctx.grad = _ops.binary_total_grad(z, *settings)
-        else:
-            value, ctx.divisor = _ops.binary_total(z, *settings)
+        value, z = _new(logits), logits.contiguous()
+        ctx.grad = torch.empty_like(z) if logits.is_cpu else None
+        ctx.divisor = None if logits.is_cpu else _new(logits)
+        _total_op(z, *inputs, settings, value, ctx.divisor, ctx.grad)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (logits,) = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed(upstream):
-            return differentiable(ctx.plain, logits, upstream), None, None
+            return differentiable(ctx.plain, logits, upstream), None, None, None
         grad, ctx.grad = ctx.grad, None
         if grad is not None:
             scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None, None
-        if logits.is_cpu and not hasattr(ctx, "divisor"):  # the graph was retained
-            ctx.divisor = _ops.binary_total(logits.contiguous(), *ctx.settings)[1]
-        *most, divisor = ctx.settings
-        return _ops.binary_total_backward(logits.contiguous(), *most, upstream, ctx.divisor), None, None
+            return (grad if scale == 1 else grad.mul_(scale)), None, None, None
+        z = logits.contiguous()
+        if ctx.divisor is None:  # the graph was retained on the host
+            ctx.divisor = _new(logits)
+            _total_op(z, *ctx.inputs, ctx.settings, _new(logits), ctx.divisor, None)
+        grad = torch.empty_like(z)
+        _total_backward_op(z, *ctx.inputs, ctx.settings, upstream, ctx.divisor, grad)
+        return grad, None, None, None
 
 
 class _Rows(torch.autograd.Function):
     """Sums of rows, and how many entries of each count."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, settings: tuple[Any, ...], plain: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        ctx.settings, ctx.plain = settings, plain
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> tuple[Tensor, Tensor]:
+        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
         ctx.save_for_backward(logits)
-        sums, counts = _ops.binary_rows(logits.contiguous(), *settings)
+        sums, counts = _run_rows(logits.contiguous(), inputs, settings)
         ctx.mark_non_differentiable(counts)
         return sums, counts
 
@@ -242,67 +250,66 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (logits,) = ctx.saved_tensors
         if torch.is_grad_enabled() or transformed(upstream):
-            return differentiable(lambda z: ctx.plain(z).flatten(), logits, upstream), None, None
-        return _ops.binary_rows_backward(logits.contiguous(), *ctx.settings, upstream.contiguous()), None, None
+            return differentiable(lambda z: ctx.plain(z).flatten(), logits, upstream), None, None, None
+        z = logits.contiguous()
+        grad = torch.empty_like(z)
+        _rows_backward_op(z, *ctx.inputs, ctx.settings, upstream.contiguous(), grad)
+        return grad, None, None, None
 
 
 class _TracedTotal(torch.autograd.Function):
     """What ``torch.compile`` traces: the gradient is made in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *settings: Any) -> Tensor:
-        z = logits.contiguous()
-        value, divisor = _ops.binary_total(z, *settings)
-        ctx.save_for_backward(z, divisor, *settings[:3], settings[-3])
-        ctx.numbers = settings[3:-3], settings[-2]
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        entry_weight: Tensor | None,
+        weight: Tensor | None,
+        settings: list[float],
+    ) -> Tensor:
+        z, value, divisor = logits.contiguous(), _new(logits), _new(logits)
+        _total_op(z, target, mask, entry_weight, weight, settings, value, divisor, None)
+        ctx.save_for_backward(z, target, mask, entry_weight, weight, divisor)
+        ctx.settings = settings
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        z, divisor, *inputs, weight = ctx.saved_tensors
-        numbers, mean_in_row = ctx.numbers
-        grad = _ops.binary_total_backward(z, *inputs, *numbers, weight, mean_in_row, upstream.contiguous(), divisor)
-        return grad, *[None] * (len(inputs) + len(numbers) + 3)
+        z, *inputs, divisor = ctx.saved_tensors
+        grad = torch.empty_like(z)
+        _total_backward_op(z, *inputs, ctx.settings, upstream.contiguous(), divisor, grad)
+        return grad, None, None, None, None, None
 
 
 class _TracedRows(torch.autograd.Function):
     """What ``torch.compile`` traces of :class:`_Rows`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        entry_weight: Tensor | None,
+        settings: list[float],
+    ) -> tuple[Tensor, Tensor]:
         z = logits.contiguous()
-        sums, counts = _ops.binary_rows(z, *settings)
+        sums, counts = _run_rows(z, (target, mask, entry_weight), settings)
         ctx.mark_non_differentiable(counts)
-        ctx.save_for_backward(z, *settings[:3])
-        ctx.numbers = settings[3:]
+        ctx.save_for_backward(z, target, mask, entry_weight)
+        ctx.settings = settings
         return sums, counts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, *inputs = ctx.saved_tensors
-        grad = _ops.binary_rows_backward(z, *inputs, *ctx.numbers, upstream.contiguous())
-        return grad, *[None] * (len(inputs) + len(ctx.numbers))
+        grad = torch.empty_like(z)
+        _rows_backward_op(z, *inputs, ctx.settings, upstream.contiguous(), grad)
+        return grad, None, None, None, None
 
 
-def _by_row(logits: Tensor, row: int) -> Tensor:
-    computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty((logits.numel() // row if row else 0,), dtype=computed)
-
-
-@torch.library.register_fake("counterpoise::binary_rows", lib=LIBRARY)
-def _(logits: Tensor, target: Tensor, mask: Tensor | None, entry_weight: Tensor | None, row: int, *_: Any) -> Any:
-    return _by_row(logits, row), _by_row(logits, row)
-
-
-@torch.library.register_fake("counterpoise::binary_total", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return _by_row(logits.new_empty(1), 1)[0], _by_row(logits.new_empty(1), 1)[0]
-
-
-@torch.library.register_fake("counterpoise::binary_total_grad", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return _by_row(logits.new_empty(1), 1)[0], torch.empty_like(logits)
-
-
-for _name in ("binary_rows_backward", "binary_total_backward"):
-    torch.library.register_fake(f"counterpoise::{_name}", lambda logits, *_: torch.empty_like(logits), lib=LIBRARY)
+for _name in ("binary_rows", "binary_rows_backward", "binary_total", "binary_total_backward"):
+    torch.library.register_fake(f"counterpoise::{_name}", lambda *_: None, lib=LIBRARY)

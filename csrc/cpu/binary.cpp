@@ -2,7 +2,6 @@
 #include "binary.h"
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "tensors.h"
@@ -12,31 +11,34 @@ namespace {
 
 constexpr int64_t small_job = 1 << 13;  // entries that one thread does faster than several start
 
+// The numbers of a call, in the order of Settings in counterpoise/kernels/binary.py.
+enum Setting { Row, Kind, GammaPos, GammaNeg, AlphaPos, AlphaNeg, Margin, LogEps, Beta, Detach, MeanInRow, Divisor };
+
 // Logits (N, ...) and all that goes with them are contiguous; `entry_weight` holds whole rows, several where rows are
 // short.
 BinaryProblem problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-                      const std::optional<Tensor>& entry_weight, int64_t row, int64_t kind, double gamma_pos,
-                      double gamma_neg, double alpha_pos, double alpha_neg, double margin, double log_eps, double beta,
-                      bool detach) {
-  const int64_t entries = logits.numel();
-  return {logits.const_data_ptr(),
-          target.const_data_ptr(),
-          static_cast<const uint8_t*>(data_of(mask)),
-          data_of(entry_weight),
-          type_of(logits),
-          type_of(target),
-          mask && mask->numel() == entries,
-          row > 0 ? entries / row : 0,
-          row,
-          static_cast<int>(kind),
-          gamma_pos,
-          gamma_neg,
-          alpha_pos,
-          alpha_neg,
-          margin,
-          log_eps,
-          beta,
-          detach};
+                      const std::optional<Tensor>& entry_weight, const std::vector<double>& settings) {
+  const int64_t entries = logits.numel(), row = static_cast<int64_t>(settings[Row]);
+  BinaryProblem p;
+  p.logits = logits.const_data_ptr();
+  p.target = target.const_data_ptr();
+  p.mask = static_cast<const uint8_t*>(data_of(mask));
+  p.entry_weight = data_of(entry_weight);
+  p.logits_type = type_of(logits);
+  p.target_type = type_of(target);
+  p.mask_by_entry = mask && mask->numel() == entries;
+  p.rows = row > 0 ? entries / row : 0;
+  p.row = row;
+  p.kind = static_cast<int>(settings[Kind]);
+  p.gamma_pos = settings[GammaPos];
+  p.gamma_neg = settings[GammaNeg];
+  p.alpha_pos = settings[AlphaPos];
+  p.alpha_neg = settings[AlphaNeg];
+  p.margin = settings[Margin];
+  p.log_eps = settings[LogEps];
+  p.beta = settings[Beta];
+  p.detach = settings[Detach] != 0;
+  return p;
 }
 
 void check_target(const BinarySeen& seen) { STD_TORCH_CHECK(!seen.bad_target, "target holds a value outside [0, 1]"); }
@@ -61,20 +63,9 @@ BinarySeen rows_into(const BinaryProblem& p, Tensor& sums, Tensor& counts) {
   return all;
 }
 
-#define CP_BINARY_SETTINGS                                                                                        \
-  const Tensor &logits, const Tensor &target, std::optional<Tensor> mask, std::optional<Tensor> entry_weight,     \
-      int64_t row, int64_t kind, double gamma_pos, double gamma_neg, double alpha_pos, double alpha_neg,          \
-      double margin, double log_eps, double beta, bool detach
-#define CP_BINARY_PROBLEM                                                                                         \
-  problem(logits, target, mask, entry_weight, row, kind, gamma_pos, gamma_neg, alpha_pos, alpha_neg, margin,      \
-          log_eps, beta, detach)
-
-std::tuple<Tensor, Tensor> binary_rows(CP_BINARY_SETTINGS) {
-  const BinaryProblem p = CP_BINARY_PROBLEM;
-  Tensor sums = empty_as(logits, {p.rows}, computed_type(logits));
-  Tensor counts = empty_as(logits, {p.rows}, computed_type(logits));
-  check_target(rows_into(p, sums, counts));
-  return {sums, counts};
+void binary_rows(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
+                 std::optional<Tensor> entry_weight, std::vector<double> settings, Tensor sums, Tensor counts) {
+  check_target(rows_into(problem(logits, target, mask, entry_weight, settings), sums, counts));
 }
 
 // One pass where every entry counts, in blocks whose sums are added in order.
@@ -111,14 +102,12 @@ void grad_into(const BinaryProblem& p, const void* by_row, double scale, bool me
   });
 }
 
-Tensor scalar(const Tensor& like, double value) {
-  Tensor x = empty_as(like, {}, computed_type(like));
-  if (computed_type(like) == ScalarType::Double) {
+void assign(Tensor& x, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
     *static_cast<double*>(x.mutable_data_ptr()) = value;
   } else {
     *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
   }
-  return x;
 }
 
 double value_of(const Tensor& x) {
@@ -178,32 +167,29 @@ Total total_of(const Tensor& logits, const BinaryProblem& p, const std::optional
                                                      : total_of<float>(logits, p, weight, mean_in_row, divisor, grad);
 }
 
-// The total, and what it was divided by.
-std::tuple<Tensor, Tensor> binary_total(CP_BINARY_SETTINGS, std::optional<Tensor> weight, bool mean_in_row,
-                                        double divisor) {
-  const Total total = total_of(logits, CP_BINARY_PROBLEM, weight, mean_in_row, divisor, nullptr);
-  return {scalar(logits, total.value), scalar(logits, total.divisor)};
+// The total; what it was divided by and the gradient, where they are asked for.
+void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
+                  std::optional<Tensor> entry_weight, std::optional<Tensor> weight, std::vector<double> settings,
+                  Tensor value, std::optional<Tensor> divisor, std::optional<Tensor> grad) {
+  const BinaryProblem p = problem(logits, target, mask, entry_weight, settings);
+  const Total total = total_of(logits, p, weight, settings[MeanInRow] != 0, settings[Divisor],
+                               grad ? grad->mutable_data_ptr() : nullptr);
+  assign(value, total.value);
+  if (divisor) assign(*divisor, total.divisor);
 }
 
-std::tuple<Tensor, Tensor> binary_total_grad(CP_BINARY_SETTINGS, std::optional<Tensor> weight, bool mean_in_row,
-                                             double divisor) {
-  Tensor grad = torch::stable::empty_like(logits);
-  const Total total = total_of(logits, CP_BINARY_PROBLEM, weight, mean_in_row, divisor, grad.mutable_data_ptr());
-  return {scalar(logits, total.value), grad};
+void binary_total_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
+                           std::optional<Tensor> entry_weight, std::optional<Tensor> weight,
+                           std::vector<double> settings, const Tensor& upstream, const Tensor& divisor, Tensor grad) {
+  grad_into(problem(logits, target, mask, entry_weight, settings), data_of(weight),
+            value_of(upstream) / value_of(divisor), settings[MeanInRow] != 0, grad.mutable_data_ptr());
 }
 
-Tensor binary_total_backward(CP_BINARY_SETTINGS, std::optional<Tensor> weight, bool mean_in_row,
-                             const Tensor& upstream, const Tensor& divisor) {
-  Tensor grad = torch::stable::empty_like(logits);
-  const double scale = value_of(upstream) / value_of(divisor);
-  grad_into(CP_BINARY_PROBLEM, data_of(weight), scale, mean_in_row, grad.mutable_data_ptr());
-  return grad;
-}
-
-Tensor binary_rows_backward(CP_BINARY_SETTINGS, const Tensor& by_row) {
-  Tensor grad = torch::stable::empty_like(logits);
-  grad_into(CP_BINARY_PROBLEM, by_row.const_data_ptr(), 1.0, false, grad.mutable_data_ptr());
-  return grad;
+void binary_rows_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
+                          std::optional<Tensor> entry_weight, std::vector<double> settings, const Tensor& by_row,
+                          Tensor grad) {
+  grad_into(problem(logits, target, mask, entry_weight, settings), by_row.const_data_ptr(), 1.0, false,
+            grad.mutable_data_ptr());
 }
 
 }  // namespace
@@ -213,7 +199,6 @@ STABLE_TORCH_LIBRARY_IMPL(counterpoise, CPU, m) {
   m.impl("binary_rows_backward", TORCH_BOX(&binary_rows_backward));
   m.impl("binary_total", TORCH_BOX(&binary_total));
   m.impl("binary_total_backward", TORCH_BOX(&binary_total_backward));
-  m.impl("binary_total_grad", TORCH_BOX(&binary_total_grad));
 }
 
 }  // namespace counterpoise

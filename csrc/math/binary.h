@@ -35,8 +35,9 @@ struct Sigmoid {
 template <class T>
 CP_INLINE Sigmoid<T> sigmoid(T u) {
   const T size = u < 0 ? -u : u;
-  const T e = exp(-size), tail = log1p_unit(e);
-  const T r = T(1) / (T(1) + e), small = e * r;
+  const T e = exp(-size);
+  const auto [tail, r] = log1p_unit(e);
+  const T small = e * r;
   const bool up = u >= 0;
   return {up ? r : small, up ? small : r, (up ? T(0) : size) + tail, (up ? size : T(0)) + tail};
 }
@@ -92,13 +93,14 @@ CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) 
     const T shifted = s.p - c.margin;
     const bool below = shifted <= 0;
     const T p_m = below ? T(0.5) : shifted;
-    const T loss = -log1p(-p_m);
+    const T not_p_m = below ? T(0.5) : s.q + c.margin;
+    const T loss = -log_complement(p_m, not_p_m);
     const bool clamped = -loss < c.log_eps;
     zero = clamped ? -c.log_eps : loss;
     T log_p_m = 0;
     if constexpr (!Whole) log_p_m = log(p_m);
     focus_zero = power<Whole>(p_m, log_p_m, c.gamma_neg);
-    const T inner = (clamped ? T(0) : T(1) / (1 - p_m)) + moves * c.gamma_neg.value * zero / p_m;
+    const T inner = (clamped ? T(0) : T(1) / not_p_m) + moves * c.gamma_neg.value * zero / p_m;
     slope_zero = below ? T(0) : s.p * s.q * focus_zero * inner;
     zero = below ? T(0) : zero;
   } else {
@@ -121,7 +123,7 @@ CP_INLINE ValueSlope<T> asymmetric_soft(T z, T t, const BinaryParameters<T>& c) 
   const T shifted = s.p - c.margin;
   const bool below = c.margin > 0 && shifted <= 0;
   const T p_m = below ? T(0) : (c.margin > 0 ? shifted : s.p);
-  const T of_zero = c.margin > 0 ? (below ? T(0) : -log1p(-p_m)) : s.gain;
+  const T of_zero = c.margin > 0 ? (below ? T(0) : -log_complement(p_m, s.q + c.margin)) : s.gain;
   const bool one_clamped = -s.lose < c.log_eps, zero_clamped = -of_zero < c.log_eps;
   const T one = one_clamped ? -c.log_eps : s.lose, zero = zero_clamped ? -c.log_eps : of_zero;
   const T slope_one = one_clamped ? T(0) : -s.q;

@@ -38,8 +38,6 @@ CP_INLINE T at_most(T high, T x) {
 
 CP_INLINE double exp(double x) { return ::exp(x); }
 CP_INLINE double log(double x) { return ::log(x); }
-CP_INLINE double log1p(double x) { return ::log1p(x); }
-CP_INLINE double log1p_unit(double x) { return ::log1p(x); }
 
 // e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). 0 below -87.3, infinity above 88.7.
 CP_INLINE float exp(float x) {
@@ -64,12 +62,21 @@ CP_INLINE float exp(float x) {
 #endif
 }
 
-// log(1 + x) for x in [0, 1]: 2 artanh(s) with s = x / (2 + x) in [0, 1/3], by its series.
-CP_INLINE float log1p_unit(float x) {
+// log(1 + x) and 1 / (1 + x) for x in [0, 1]. The logarithm is 2 artanh(s) with s = x / (2 + x) in [0, 1/3], by its
+// series; both quotients share a division, which costs as much as a dozen multiplications.
+template <class T>
+struct LogReciprocal {
+  T log, reciprocal;
+};
+
+CP_INLINE LogReciprocal<double> log1p_unit(double x) { return {::log1p(x), 1.0 / (1.0 + x)}; }
+
+CP_INLINE LogReciprocal<float> log1p_unit(float x) {
 #if CP_ON_DEVICE
-  return ::log1pf(x);
+  return {::log1pf(x), 1.0f / (1.0f + x)};
 #else
-  const float s = x / (2.0f + x);
+  const float a = 1.0f + x, b = 2.0f + x, d = 1.0f / (a * b);
+  const float s = x * (d * a);
   const float q = s * s;
   float p = 1.0f / 15;
   p = p * q + 1.0f / 13;
@@ -78,7 +85,7 @@ CP_INLINE float log1p_unit(float x) {
   p = p * q + 1.0f / 7;
   p = p * q + 1.0f / 5;
   p = p * q + 1.0f / 3;
-  return 2 * s + 2 * s * q * p;
+  return {2 * s + 2 * s * q * p, d * b};
 #endif
 }
 
@@ -87,31 +94,30 @@ CP_INLINE float log(float x) {
 #if CP_ON_DEVICE
   return ::logf(x);
 #else
-  // The mantissa is taken in [sqrt(1/2), sqrt(2)), so that s stays within 0.172.
+  // 2^n m with m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1 (Cephes).
   const uint32_t bits = __builtin_bit_cast(uint32_t, x) - 0x3f3504f3u;
   const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
   const float m = __builtin_bit_cast(float, (bits & 0x007fffffu) + 0x3f3504f3u);
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float q = s * s;
-  float p = 1.0f / 9;
-  p = p * q + 1.0f / 7;
-  p = p * q + 1.0f / 5;
-  p = p * q + 1.0f / 3;
-  const float y = n * 0.693359375f + (2 * s + (2 * s * q * p - n * 2.12194440e-4f));
+  const float r = m - 1.0f;
+  const float q = r * r;
+  float p = 7.0376836292e-2f;
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const float y = n * 0.693359375f + (r + ((p * r * q - n * 2.12194440e-4f) - 0.5f * q));
   const float of_zero = x < 0 ? std::numeric_limits<float>::quiet_NaN() : -infinity<float>;
   return x < std::numeric_limits<float>::min() ? of_zero : (x < infinity<float> ? y : x);
 #endif
 }
 
-// log(1 + x) for x in (-1, 0]: through log(w) with w = 1 + x rounded, and what the rounding lost.
-CP_INLINE float log1p(float x) {
-#if CP_ON_DEVICE
-  return ::log1pf(x);
-#else
-  const float w = 1.0f + x;
-  return log(w) + (x - (w - 1.0f)) / w;
-#endif
-}
+// log(1 - x) for x in [0, 1), given also 1 - x as it came about: in float its logarithm is no worse.
+CP_INLINE double log_complement(double x, double) { return ::log1p(-x); }
+CP_INLINE float log_complement(float, float complement) { return log(complement); }
 
 // An exponent >= 0. Whole numbers up to 7 are products of squares, chosen without a branch.
 template <class T>

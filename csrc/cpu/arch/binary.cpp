@@ -10,9 +10,11 @@ namespace {
 using math::BinaryKind;
 using math::BinaryParameters;
 
+// Logits and labels are read where they lie if their type is the one that is computed in, else through a buffer.
 template <class T>
 struct Chunk {
-  alignas(64) T z[binary_chunk], t[binary_chunk], value[binary_chunk], slope[binary_chunk];
+  const T *z, *t;
+  alignas(64) T z_buffer[binary_chunk], t_buffer[binary_chunk], value[binary_chunk], slope[binary_chunk];
   alignas(64) uint8_t live[binary_chunk];
 };
 
@@ -25,11 +27,16 @@ BinaryParameters<T> parameters(const BinaryProblem& p) {
 }
 
 template <BinaryKind Kind, bool Whole, bool Margin, class T>
-void hard(int64_t n, const BinaryParameters<T>& c, Chunk<T>& k) {
+void hard(int64_t n, const BinaryParameters<T>& parameters, Chunk<T>& k) {
+  const BinaryParameters<T> c = parameters;
+  const T* __restrict z = k.z;
+  const T* __restrict t = k.t;
+  T* __restrict value = k.value;
+  T* __restrict slope = k.slope;
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = math::binary_hard<Kind, Whole, Margin>(k.z[i], k.t[i], c);
-    k.value[i] = out.value;
-    k.slope[i] = out.slope;
+    const auto out = math::binary_hard<Kind, Whole, Margin>(z[i], t[i], c);
+    value[i] = out.value;
+    slope[i] = out.slope;
   }
 }
 
@@ -77,42 +84,56 @@ struct Labels {
   bool bad, soft, masked_class;
 };
 
-// Which labels there are, and which entries are alive: not masked, and not a masked class's.
+// Which labels there are.
 template <class T>
-Labels inspect(int64_t n, const uint8_t* mask, bool mask_by_entry, int64_t row, int64_t at, Chunk<T>& k) {
-  if (mask == nullptr) {
-    for (int64_t i = 0; i < n; ++i) k.live[i] = 1;
-  } else if (mask_by_entry) {
-    for (int64_t i = 0; i < n; ++i) k.live[i] = mask[at + i] != 0;
-  } else {
-    for (int64_t i = 0; i < n; ++i) k.live[i] = mask[(at + i) / row] != 0;
-  }
-  int bad = 0, between = 0, gone = 0;
+Labels inspect(int64_t n, const Chunk<T>& k) {
+  const T* __restrict z = k.z;
+  const T* __restrict t = k.t;
+  int outside = 0, between = 0, gone = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int live = k.live[i];
-    const int dead = (k.z[i] == -math::infinity<T>)&(k.t[i] == 0);
-    bad |= live & !((k.t[i] >= 0) & (k.t[i] <= 1));
-    between |= live & (k.t[i] > 0) & (k.t[i] < 1);
-    gone |= live & dead;
+    outside |= !(t[i] >= 0) | !(t[i] <= 1);
+    between |= (t[i] > 0) & (t[i] < 1);
+    gone |= (z[i] == -math::infinity<T>)&(t[i] == 0);
   }
-  return {bad != 0, between != 0, gone != 0};
+  return {outside != 0, between != 0, gone != 0};
 }
 
+// Which entries are alive: not masked, and not a masked class's. The others get logit 0 and label 0.
 template <class T>
-void drop_dead(int64_t n, Chunk<T>& k) {
+void drop_dead(const BinaryProblem& p, int64_t at, int64_t n, Chunk<T>& k) {
+  const uint8_t* mask = p.mask;
   for (int64_t i = 0; i < n; ++i) {
-    const bool live = k.live[i] && !(k.z[i] == -math::infinity<T> && k.t[i] == 0);
+    const bool counts = mask == nullptr || mask[p.mask_by_entry ? at + i : (at + i) / p.row] != 0;
+    const bool live = counts && !(k.z[i] == -math::infinity<T> && k.t[i] == 0);
     k.live[i] = live;
-    k.z[i] = live ? k.z[i] : T(0);
-    k.t[i] = live ? k.t[i] : T(0);
+    k.z_buffer[i] = live ? k.z[i] : T(0);
+    k.t_buffer[i] = live ? k.t[i] : T(0);
   }
+  k.z = k.z_buffer;
+  k.t = k.t_buffer;
+}
+
+// Entries [at, at + n), and whether all of them count.
+template <class T>
+std::pair<Labels, bool> read(const BinaryProblem& p, int64_t at, int64_t n, Chunk<T>& k) {
+  k.z = in_place<T>(p.logits, p.logits_type, at, n, k.z_buffer);
+  k.t = in_place<T>(p.target, p.target_type, at, n, k.t_buffer);
+  Labels labels = inspect(n, k);
+  const bool all = p.mask == nullptr && !labels.masked_class;
+  if (!all) {
+    drop_dead(p, at, n, k);
+    const bool masked_class = labels.masked_class;
+    labels = inspect(n, k);  // what does not count may hold anything
+    labels.masked_class = masked_class;
+  }
+  return {labels, all};
 }
 
 template <class T>
-Labels read(const BinaryProblem& p, int64_t at, int64_t n, Chunk<T>& k) {
-  with_float_type(p.logits_type, [&](auto* s) { load(static_cast<decltype(s)>(p.logits) + at, n, k.z); });
-  with_type(p.target_type, [&](auto* s) { load(static_cast<decltype(s)>(p.target) + at, n, k.t); });
-  return inspect(n, p.mask, p.mask_by_entry, p.row, at, k);
+int64_t live_entries(const Chunk<T>& k, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i) count += k.live[i];
+  return count;
 }
 
 // How many entries of a row count.
@@ -121,19 +142,18 @@ int64_t count_row(const BinaryProblem& p, int64_t row, Chunk<T>& k) {
   int64_t count = 0;
   for (int64_t j = 0; j < p.row; j += binary_chunk) {
     const int64_t n = p.row - j < binary_chunk ? p.row - j : binary_chunk;
-    read(p, row * p.row + j, n, k);
-    drop_dead(n, k);
-    for (int64_t i = 0; i < n; ++i) count += k.live[i];
+    const bool all = read(p, row * p.row + j, n, k).second;
+    count += all ? n : live_entries(k, 0, n);
   }
   return count;
 }
 
-// Value and slope of entries [at, at + n), weighted by class; those that do not count are 0.
+// Value and slope of entries [at, at + n), weighted by class; those that do not count are 0. Returns what was seen, and
+// whether all count (else `live` says which do).
 template <class T>
-Labels compute(const BinaryProblem& p, const Formulas<T>& f, int64_t at, int64_t n, int64_t in_row, Chunk<T>& k) {
-  const Labels labels = read(p, at, n, k);
-  const bool some_dead = p.mask != nullptr || labels.masked_class;
-  if (some_dead) drop_dead(n, k);
+std::pair<Labels, bool> compute(const BinaryProblem& p, const Formulas<T>& f, int64_t at, int64_t n, int64_t in_row,
+                                Chunk<T>& k) {
+  const auto [labels, all] = read(p, at, n, k);
   f.hard(n, f.c, k);
   if (labels.soft) f.soft(n, f.c, k);
   if (p.entry_weight != nullptr) {
@@ -143,13 +163,13 @@ Labels compute(const BinaryProblem& p, const Formulas<T>& f, int64_t at, int64_t
       k.slope[i] *= w[i];
     }
   }
-  if (some_dead) {
+  if (!all) {
     for (int64_t i = 0; i < n; ++i) {
       k.value[i] = k.live[i] ? k.value[i] : T(0);
       k.slope[i] = k.live[i] ? k.slope[i] : T(0);
     }
   }
-  return labels;
+  return {labels, all};
 }
 
 // visit(first entry, entries, first entry within its row) for the chunks of rows [begin, end).
@@ -172,26 +192,25 @@ void note(const Labels& labels, BinarySeen& seen) {
   seen.masked_class |= labels.masked_class;
 }
 
+// Slopes [from, to) of the chunk, times `factor`, to the gradient of entries at + from and on.
 template <class T>
-void write(const BinaryProblem& p, const Chunk<T>& k, int64_t at, int64_t n, void* grad) {
+void write(const BinaryProblem& p, const Chunk<T>& k, int64_t at, int64_t from, int64_t to, T factor, void* grad) {
   with_float_type(p.logits_type, [&](auto* s) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-    store(k.slope, n, static_cast<S*>(grad) + at);
+    S* __restrict out = static_cast<S*>(grad) + at;
+    for (int64_t i = from; i < to; ++i) out[i] = Narrow<S>::from(k.slope[i] * factor);
   });
 }
 
 template <class T>
 double flat_of(const BinaryProblem& p, int64_t begin, int64_t end, double scale, void* grad, BinarySeen& seen) {
   const auto f = formulas<T>(p);
-  const T factor = static_cast<T>(scale);
   Chunk<T> k;
   double total = 0;
   for_chunks(p.row, begin, end, [&](int64_t at, int64_t n, int64_t in_row) {
-    note(compute(p, f, at, n, in_row, k), seen);
+    note(compute(p, f, at, n, in_row, k).first, seen);
     total += static_cast<double>(sum(k.value, n));
-    if (grad == nullptr) return;
-    for (int64_t i = 0; i < n; ++i) k.slope[i] *= factor;
-    write(p, k, at, n, grad);
+    if (grad != nullptr) write(p, k, at, 0, n, static_cast<T>(scale), grad);
   });
   return total;
 }
@@ -203,13 +222,12 @@ void rows_of(const BinaryProblem& p, int64_t begin, int64_t end, void* sums, voi
   Chunk<T> k;
   for (int64_t r = begin; r < end; ++r) s[r] = c[r] = 0;
   for_chunks(p.row, begin, end, [&](int64_t at, int64_t n, int64_t in_row) {
-    note(compute(p, f, at, n, in_row, k), seen);
+    const auto [labels, all] = compute(p, f, at, n, in_row, k);
+    note(labels, seen);
     const int64_t length = p.row < binary_chunk ? p.row : n;
     for (int64_t j = 0; j < n; j += length) {
-      int64_t count = 0;
-      for (int64_t i = 0; i < length; ++i) count += k.live[j + i];
-      s[(at + j) / p.row] += sum(k.value + j, length);
-      c[(at + j) / p.row] += static_cast<T>(count);
+      s[(at + j) / p.row] += length == 1 ? k.value[j] : sum(k.value + j, length);
+      c[(at + j) / p.row] += static_cast<T>(all ? length : live_entries(k, j, j + length));
     }
   });
 }
@@ -220,7 +238,7 @@ void grad_of(const BinaryProblem& p, int64_t begin, int64_t end, const void* by_
   const auto f = formulas<T>(p);
   const T* g = static_cast<const T*>(by_row);
   Chunk<T> k;
-  // Rows that are no longer than a chunk are counted in it; the counts of longer ones need a pass of their own.
+  // Rows that are no longer than a chunk are counted in it; longer ones need a pass of their own.
   const bool within = p.row < binary_chunk;
   int64_t counted_row = -1, count = 0;
   for_chunks(p.row, begin, end, [&](int64_t at, int64_t n, int64_t in_row) {
@@ -228,18 +246,18 @@ void grad_of(const BinaryProblem& p, int64_t begin, int64_t end, const void* by_
       counted_row = at / p.row;
       count = count_row(p, counted_row, k);
     }
-    compute(p, f, at, n, in_row, k);
+    const bool all = compute(p, f, at, n, in_row, k).second;
     const int64_t length = within ? p.row : n;
     for (int64_t j = 0; j < n; j += length) {
-      if (mean && within) {
-        count = 0;
-        for (int64_t i = 0; i < length; ++i) count += k.live[j + i];
-      }
+      if (within) count = all ? length : live_entries(k, j, j + length);
       T factor = static_cast<T>(scale) * (g == nullptr ? T(1) : g[(at + j) / p.row]);
-      if (mean) factor = factor / static_cast<T>(count > 0 ? count : 1);
-      for (int64_t i = 0; i < length; ++i) k.slope[j + i] = k.live[j + i] ? k.slope[j + i] * factor : T(0);
+      if (mean) factor /= static_cast<T>(count > 0 ? count : 1);
+      if (!all && !(factor == factor && factor - factor == 0)) {  // 0 * inf: an entry that does not count stays 0
+        for (int64_t i = j; i < j + length; ++i) k.slope[i] = k.live[i] ? k.slope[i] * factor : T(0);
+        factor = 1;
+      }
+      write(p, k, at, j, j + length, factor, grad);
     }
-    write(p, k, at, n, grad);
   });
 }
 
