@@ -11,6 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from counterpoise.losses import asymmetric_loss, sigmoid_focal_loss
+from counterpoise.samplers import (
+    chi_square_weights,
+    cvar_weights,
+    facility_location,
+    herding,
+    k_center_greedy,
+    kl_ball_weights,
+    tilted_weights,
+)
 
 IMAGES = Path(__file__).parent / "images"
 STYLE = {
@@ -59,6 +68,43 @@ def asymmetric(axes: Axes) -> None:
     axes.legend()
 
 
+def coresets(*panels: Axes) -> None:
+    """Twelve picks of three selectors from three clouds and a few outliers."""
+    draw = torch.Generator().manual_seed(0)
+    clouds = torch.tensor([[0.0, 0.0], [4.0, 0.5], [1.5, 3.5]]).repeat_interleave(torch.tensor([180, 70, 30]), 0)
+    points = clouds + 0.6 * torch.randn(280, 2, generator=draw)
+    points = torch.cat([points, torch.tensor([[6.5, 4.0], [-2.5, 3.5], [5.0, -2.5]])])
+    for axes, (name, select) in zip(
+        panels,
+        (("k-center", k_center_greedy), ("facility location", facility_location), ("herding", herding)),
+        strict=True,
+    ):
+        picked = points[select(points, 12).indices]  # type: ignore[operator]
+        axes.scatter(*points.T, s=6, color="0.75", linewidths=0)
+        axes.scatter(*picked.T, s=26, color="C3", linewidths=0)
+        axes.set_title(name)
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+
+def robust(axes: Axes) -> None:
+    """Weights of a hundred losses, as multiples of equal weights."""
+    losses = torch.linspace(0, 4, 100, dtype=torch.float64)
+    for name, weights, style in (
+        ("CVaR, worst third", cvar_weights(losses, 1 / 3), "-"),
+        ("chi-square, radius 0.5", chi_square_weights(losses, 0.5), "--"),
+        ("KL, radius 0.5", kl_ball_weights(losses, 0.5), "-."),
+        ("tilt -1", tilted_weights(losses, -1.0), ":"),
+    ):
+        axes.plot(losses, 100 * weights, style, label=name)
+    axes.set_xlabel("loss of an example")
+    axes.set_ylabel("weight, 1 = equal")
+    axes.legend()
+
+
 if __name__ == "__main__":
     save("focal", focal)
     save("asymmetric", asymmetric)
+    save("coresets", coresets, panels=3)
+    save("robust", robust)

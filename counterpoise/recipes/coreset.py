@@ -76,7 +76,7 @@ class Coreset(LongTailed):
     Raises:
         ValueError: settings out of range, or several processes: select with ``counterpoise-select`` there.
 
-    Source: Li et al., The Power of Few: Accelerating and Enhancing Data Reweighting with Coreset Selection, 2024; the
+    Source: Jafari et al., The Power of Few: Accelerating and Enhancing Data Reweighting with Coreset Selection, 2024; the
     methods' own sources are in their files.
     """
 
@@ -206,9 +206,7 @@ class Coreset(LongTailed):
             "seconds": round(float(found["seconds"]), 2),
             "kept_per_class": data.train_targets[found["indices"]].bincount(minlength=self.num_classes).tolist(),
             "pictures": pictures(data.splits.train, data.splits.class_names, found["indices"], found.get("scores")),
-            "effective_share": None
-            if of_all is None
-            else float(of_all.sum() ** 2 / of_all.square().sum() / len(of_all)),
+            "effective_share": None if of_all is None else _effective_share(of_all),
         }
 
     def evaluate(self, predictions: dict[str, Tensor], data: LabelledData) -> Evaluation | Scores:  # type: ignore[override]

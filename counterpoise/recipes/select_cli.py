@@ -21,7 +21,8 @@ SOURCE is an .npz file with `embeddings` (N, D) and `labels` (N,), and `logits` 
 with --label; or a folder with one folder of images a class. Scores need logits: where there are none, a linear
 classifier is fitted to the embeddings; for images a small network is trained, and the embeddings are its own.
 
-OUT gets selection.npz (indices, weights, scores), selection.csv (a row for every kept example) and report.html."""
+OUT gets selection.npz (indices, weights, scores), selection.csv (a row for every kept example), config.yaml and
+report.html."""
 
 
 def select(arguments: Sequence[str] | None = None) -> None:
@@ -72,6 +73,8 @@ class Source:
 
 def run(options: argparse.Namespace, command: str) -> Path:
     """Selects as the options say and writes everything; gives the path of the page."""
+    import yaml
+
     from counterpoise.recipes.report import write_report
     from counterpoise.recipes.report_sections import CLOSING, RESULTS
     from counterpoise.recipes.run_folder import environment, write_metrics
@@ -105,6 +108,7 @@ def run(options: argparse.Namespace, command: str) -> Path:
         },
     )
     write_rows(out / "selection.csv", source, chosen)
+    (out / "config.yaml").write_text(yaml.safe_dump(vars(options), sort_keys=False))
     kept = pool.targets[picked.indices].bincount(minlength=len(source.class_names)).tolist()
     found = {"method": options.method, "kept": len(picked), "of": len(pool), "seconds": seconds}
     write_metrics(

@@ -73,7 +73,16 @@ def test_a_folder_of_images_is_shown(tmp_path: Path) -> None:
     select([str(tmp_path / "images"), *arguments])
     rows = list(csv.DictReader((tmp_path / "out" / "selection.csv").open()))
     assert sorted(row["file"].split("/")[0] for row in rows) == ["dark"] * 4 + ["light"] * 4
-    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "not available" not in page
+    for told in (
+        "Scores (larger = harder)",
+        "Share of each class",
+        "Mean distance to the nearest kept",
+        "Small images of",
+    ):
+        assert told in page
+    assert "image_size: 16" in page
 
 
 def test_mistakes_are_told(embeddings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
