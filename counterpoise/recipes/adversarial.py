@@ -9,7 +9,9 @@ Without a reweighter w is 1 / N: plain adversarial training. With KL-DRO weights
           u \leftarrow (1 - b)\, u + \frac{b}{N} \sum_i e^{\ell_i / \lambda}
 
 it is doubly robust: against the attack, and over the examples, of which the easily attacked count most. An infinite
-temperature lambda is plain adversarial training again, one close to zero trains on the worst example of a batch.
+temperature lambda is plain adversarial training again, one close to zero trains on the worst example of a batch. With
+``worst_group`` kappa the total has a third term, of what groups suffer instead of examples: kappa times the largest
+mean loss of a group under attack.
 
 Perturbations and weights are constants to the optimiser. The paper's total gradient also goes through the inner
 solution by implicit differentiation; here is its first-order form.
@@ -20,6 +22,7 @@ al., Towards Deep Learning Models Resistant to Adversarial Attacks, 2018, eq. 2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +40,7 @@ from counterpoise.recipes.module import Batch, Recipe, check_classes
 from counterpoise.recipes.report_sections import CLASS_PLOTS, CLASSES, CLOSING, LEARNING, RESULTS, Section
 from counterpoise.recipes.robustness import input_bounds, pictures_of, robustness_metrics
 from counterpoise.recipes.sections_robust import class_figure, curve_figure, picture_figure, robust_table
-from counterpoise.samplers import reweighted_loss
+from counterpoise.samplers import TiltedERM, reweighted_loss
 
 TRAINING, EVALUATION = 0, 1  # the draws of the one are not those of the other
 OVERSHOOT = 2.5  # the steps together are this many radii long, so that the ball's edge is reached from everywhere
@@ -68,6 +71,8 @@ class Adversarial(Recipe):
         inner: "projection" or "barrier", see :func:`~counterpoise.recipes.attacks.projected_gradient_attack`.
         barrier: weight of the barrier, > 0.
         beta: >= 0, weight of the mean loss of the inputs as they are.
+        worst_group: >= 0, weight of the largest mean loss of a group (of a class, where batches have no groups) under
+            attack; the means are over the whole batch of all ranks. Needs a reweighter.
         validation_steps: of the attack every epoch, one random start.
         test_steps, test_restarts: of the attack at the end, on validation and test, by projection.
         curve: multiples of the radius at which accuracy is measured at the end, beside 0 and 1.
@@ -112,6 +117,7 @@ class Adversarial(Recipe):
         inner: str = "projection",
         barrier: float = 1e-6,
         beta: float = 0.0,
+        worst_group: float = 0.0,
         validation_steps: int = 5,
         test_steps: int = 20,
         test_restarts: int = 2,
@@ -131,13 +137,16 @@ class Adversarial(Recipe):
         check_choice("inner", inner, INNER)
         check_number("barrier", barrier, 0, open_low=True)
         check_number("beta", beta, 0)
+        check_number("worst_group", worst_group, 0)
+        if worst_group and reweighter is None:
+            raise ValueError("worst_group needs a reweighter: KLDRO(math.inf) weights all examples alike")
         for name, value in (("validation_steps", validation_steps), ("test_steps", test_steps)):
             check_number(name, value, 1)
         check_number("test_restarts", test_restarts, 1)
         for multiple in curve:
             check_number("curve", multiple, 0, open_low=True)
         self.radius, self.steps, self.step_size, self.random_start = radius, steps, step_size, random_start
-        self.inner, self.barrier, self.beta, self.seed = inner, barrier, beta, seed
+        self.inner, self.barrier, self.beta, self.seed, self.worst_group = inner, barrier, beta, seed, worst_group
         self.validation_steps, self.test_steps, self.test_restarts = validation_steps, test_steps, test_restarts
         self.curve = sorted({*map(float, curve), 1.0})
         self.range_known = input_range is not None
@@ -148,9 +157,14 @@ class Adversarial(Recipe):
         self.val_clean = MulticlassAccuracy(num_classes, average="macro")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The composed loss of the attacked batch, and beta times the mean loss of the batch as it is."""
+        """The composed loss of the attacked batch, its worst group's, and beta times the mean loss of the batch as it is."""
         x = self.inputs(batch)
-        total = self.composed(self.model(self.attacked(x, batch)), batch)
+        logits = self.model(self.attacked(x, batch))
+        total = self.composed(logits, batch)
+        if self.worst_group:
+            worst = self._worst_group_loss(logits, batch)
+            self.log_training("worst_group_loss", worst, batch)
+            total = total + self.worst_group * worst
         if self.beta:
             clean = self._mean_loss(self.model(x), batch)
             self.log_training("clean_loss", clean, batch)
@@ -222,6 +236,12 @@ class Adversarial(Recipe):
         if self.reweighter is None:
             return self.losses(logits, batch, weight=weight, mask=mask)
         return reweighted_loss(self.losses(logits, batch, mask=mask), weight=weight, mask=mask)
+
+    def _worst_group_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The largest mean loss of a group."""
+        weight, mask, groups = self.weight_of(batch), batch.get("mask"), batch.get("group", batch["target"])
+        worst = TiltedERM(0.0, group_tilt=math.inf)
+        return reweighted_loss(self.losses(logits, batch, mask=mask), worst, weight=weight, mask=mask, group=groups)
 
     def _strongest(self, found: Attacked, batch: Batch, steps: int, starts: int, multiple: float = 1.0) -> Attacked:
         """``found``, with what it still gets right attacked from random starts."""

@@ -76,8 +76,8 @@ class Coreset(LongTailed):
     Raises:
         ValueError: settings out of range, or several processes: select with ``counterpoise-select`` there.
 
-    Source: Jafari et al., The Power of Few: Accelerating and Enhancing Data Reweighting with Coreset Selection, 2024; the
-    methods' own sources are in their files.
+    Source: Jafari et al., The Power of Few: Accelerating and Enhancing Data Reweighting with Coreset Selection, 2024;
+    the methods' own sources are in their files.
     """
 
     sections = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,8 @@ def test_an_attack_refuses_what_it_cannot_do(change: dict[str, Any], said: str) 
         ({"step_size": 0.0}, "step_size"),
         ({"inner": "x"}, "inner"),
         ({"beta": -0.5}, "beta"),
+        ({"worst_group": -0.5}, "worst_group is -0.5"),
+        ({"worst_group": 1.0}, r"worst_group needs a reweighter: KLDRO\(math.inf\)"),
         ({"validation_steps": 0}, "validation_steps"),
         ({"test_restarts": 0}, "test_restarts"),
         ({"curve": [0.5, 0.0]}, "curve"),
@@ -346,6 +349,21 @@ def test_the_training_loss_is_that_of_the_sheet() -> None:
     expected = (w * attacked).sum() + 0.3 * clean.mean()
     assert made.training_step(batch, 0).item() == pytest.approx(float(expected), rel=1e-5)
     assert float(reweighter.log_u.exp()) == pytest.approx(u, rel=1e-5)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["by class", "by group"])
+def test_the_worst_group_is_a_term_of_its_own(grouped: bool) -> None:
+    x, y, _ = images()
+    groups = torch.arange(12) % 3 if grouped else y
+    batch = {"input": x, "target": y, "index": torch.arange(12), **({"group": groups} if grouped else {})}
+    without, with_term = (recipe(reweighter=KLDRO(math.inf), worst_group=weight) for weight in (0.0, 0.7))
+    for made in (without, with_term):
+        made.log_training = lambda *_: None  # type: ignore[method-assign]
+    losses = cross_entropy(without.model(without.attacked(x, batch)), y, reduction="none").detach()
+    worst = max(float(losses[groups == g].mean()) for g in groups.unique())
+    plain = float(without.training_step(batch, 0))
+    assert plain == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert float(with_term.training_step(batch, 0)) == pytest.approx(plain + 0.7 * worst, rel=1e-5)
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone() -> None:
