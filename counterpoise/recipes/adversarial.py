@@ -157,7 +157,7 @@ class Adversarial(Recipe):
         self.val_clean = MulticlassAccuracy(num_classes, average="macro")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The composed loss of the attacked batch, its worst group's, and beta times the mean loss of the batch as it is."""
+        """The composed loss of the attacked batch, that of its worst group, and that of the batch as it is."""
         x = self.inputs(batch)
         logits = self.model(self.attacked(x, batch))
         total = self.composed(logits, batch)
