@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]  # no OpenMP, its pragma
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],

@@ -212,7 +212,8 @@ class _Total(torch.autograd.Function):
         ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
         ctx.save_for_backward(logits)
         value, z = _new(logits), logits.contiguous()
-        ctx.grad = torch.empty_like(z) if logits.is_cpu else None
+        # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it.
+        ctx.grad = torch.empty_like(z) if logits.is_cpu and logits.dtype != torch.float16 else None
         ctx.divisor = None if logits.is_cpu else _new(logits)
         _total_op(z, *inputs, settings, value, ctx.divisor, ctx.grad)
         return value

@@ -100,7 +100,8 @@ CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) 
     T log_p_m = 0;
     if constexpr (!Whole) log_p_m = log(p_m);
     focus_zero = power<Whole>(p_m, log_p_m, c.gamma_neg);
-    const T inner = (clamped ? T(0) : T(1) / not_p_m) + moves * c.gamma_neg.value * zero / p_m;
+    // 1 / (1 - p_m) + gamma zero / p_m over one denominator
+    const T inner = ((clamped ? T(0) : p_m) + moves * c.gamma_neg.value * zero * not_p_m) / (p_m * not_p_m);
     slope_zero = below ? T(0) : s.p * s.q * focus_zero * inner;
     zero = below ? T(0) : zero;
   } else {

@@ -40,6 +40,25 @@ void hard(int64_t n, const BinaryParameters<T>& parameters, Chunk<T>& k) {
   }
 }
 
+// The whole work on a chunk whose labels are all 0 or 1 and whose entries all count, without a buffer. `odd` says that
+// this was not so, and that what was done is void.
+template <BinaryKind Kind, bool Whole, bool Margin, bool Grad, class T>
+T straight(int64_t n, const T* __restrict z, const T* __restrict t, const BinaryParameters<T>& parameters, T factor,
+           T* __restrict grad, bool& odd) {
+  const BinaryParameters<T> c = parameters;
+  T total = 0;
+  int flags = 0;
+#pragma omp simd reduction(+ : total) reduction(| : flags)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto out = math::binary_hard<Kind, Whole, Margin>(z[i], t[i], c);
+    total += out.value;
+    if constexpr (Grad) grad[i] = out.slope * factor;
+    flags |= !((t[i] == 0) | (t[i] == 1)) | ((z[i] == -math::infinity<T>)&(t[i] == 0));
+  }
+  odd = flags != 0;
+  return total;
+}
+
 // Over what hard() wrote.
 template <BinaryKind Kind, class T>
 void soft(int64_t n, const BinaryParameters<T>& c, Chunk<T>& k) {
@@ -53,30 +72,37 @@ void soft(int64_t n, const BinaryParameters<T>& c, Chunk<T>& k) {
 
 template <class T>
 using Formula = void (*)(int64_t, const BinaryParameters<T>&, Chunk<T>&);
+template <class T>
+using Straight = T (*)(int64_t, const T*, const T*, const BinaryParameters<T>&, T, T*, bool&);
 
 template <class T>
 struct Formulas {
   BinaryParameters<T> c;
   Formula<T> hard, soft;
+  Straight<T> value, value_and_slope;
 };
+
+template <BinaryKind Kind, bool Whole, bool Margin, class T>
+Formulas<T> formulas(const BinaryParameters<T>& c) {
+  return {c, hard<Kind, Whole, Margin, T>, soft<Kind, T>, straight<Kind, Whole, Margin, false, T>,
+          straight<Kind, Whole, Margin, true, T>};
+}
 
 template <class T>
 Formulas<T> formulas(const BinaryProblem& p) {
   const auto c = parameters<T>(p);
   const bool whole = c.gamma_pos.whole >= 0 && c.gamma_neg.whole >= 0;
+  const bool margin = c.margin > 0;
   switch (static_cast<BinaryKind>(p.kind)) {
     case BinaryKind::focal_star:
-      return {c, hard<BinaryKind::focal_star, true, false, T>, soft<BinaryKind::focal_star, T>};
-    case BinaryKind::asymmetric: {
-      const Formula<T> forms[] = {hard<BinaryKind::asymmetric, false, false, T>,
-                                  hard<BinaryKind::asymmetric, false, true, T>,
-                                  hard<BinaryKind::asymmetric, true, false, T>,
-                                  hard<BinaryKind::asymmetric, true, true, T>};
-      return {c, forms[2 * whole + (c.margin > 0)], soft<BinaryKind::asymmetric, T>};
-    }
+      return formulas<BinaryKind::focal_star, true, false>(c);
+    case BinaryKind::asymmetric:
+      if (whole) return margin ? formulas<BinaryKind::asymmetric, true, true>(c)
+                               : formulas<BinaryKind::asymmetric, true, false>(c);
+      return margin ? formulas<BinaryKind::asymmetric, false, true>(c)
+                    : formulas<BinaryKind::asymmetric, false, false>(c);
     default:
-      return {c, whole ? hard<BinaryKind::focal, true, false, T> : hard<BinaryKind::focal, false, false, T>,
-              soft<BinaryKind::focal, T>};
+      return whole ? formulas<BinaryKind::focal, true, false>(c) : formulas<BinaryKind::focal, false, false>(c);
   }
 }
 
@@ -205,9 +231,22 @@ void write(const BinaryProblem& p, const Chunk<T>& k, int64_t at, int64_t from, 
 template <class T>
 double flat_of(const BinaryProblem& p, int64_t begin, int64_t end, double scale, void* grad, BinarySeen& seen) {
   const auto f = formulas<T>(p);
+  const Type type = std::is_same_v<T, double> ? Type::float64 : Type::float32;
+  const bool plain = p.logits_type == type && p.target_type == type && p.entry_weight == nullptr && p.mask == nullptr;
   Chunk<T> k;
   double total = 0;
   for_chunks(p.row, begin, end, [&](int64_t at, int64_t n, int64_t in_row) {
+    if (plain) {
+      bool odd = false;
+      const T* z = static_cast<const T*>(p.logits) + at;
+      const T* t = static_cast<const T*>(p.target) + at;
+      T* out = grad == nullptr ? nullptr : static_cast<T*>(grad) + at;
+      const T some = (out == nullptr ? f.value : f.value_and_slope)(n, z, t, f.c, static_cast<T>(scale), out, odd);
+      if (!odd) {
+        total += static_cast<double>(some);
+        return;
+      }
+    }
     note(compute(p, f, at, n, in_row, k).first, seen);
     total += static_cast<double>(sum(k.value, n));
     if (grad != nullptr) write(p, k, at, 0, n, static_cast<T>(scale), grad);
