@@ -3,26 +3,32 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 PARTS := counterpoise tests examples benchmarks docs
 
-.PHONY: demo test test-slow bench lint format docs clean
+.PHONY: demo test test-slow bench lint format docs cuda-check wheel clean
 .DELETE_ON_ERROR:
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[all,dev]'
+	COUNTERPOISE_BUILD=0 $(BIN)/python -m pip install --quiet --editable '.[all,dev]'
 	touch $@
 
-demo: .venv/.installed ## the main job on an embedded data set, ending in a report
+# Compiled kernels, where there is a C++ compiler; without one this says so and everything runs on plain PyTorch.
+.venv/.kernels: .venv/.installed setup.py $(shell find csrc -type f)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: .venv/.kernels ## the main job on an embedded data set, ending in a report
 	$(BIN)/counterpoise-train
 
-test: .venv/.installed ## types, layers, tests
+test: .venv/.kernels ## types, layers, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.installed ## the suites that take minutes: wheel in a fresh environment, several ranks, launched runs
+test-slow: .venv/.kernels ## the suites that take minutes: wheel in a fresh environment, several ranks, launched runs
 	$(BIN)/python -m pytest -m slow
 
-bench: .venv/.installed ## interleaved timings against torch and torchvision, as ratios
+bench: .venv/.kernels ## interleaved timings against torch, torchvision, timm's form and lightly, as ratios
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks
 
 lint: .venv/.installed
@@ -37,5 +43,8 @@ docs: .venv/.installed ## HTML into site/
 	$(BIN)/python -m pip install --quiet '.[docs]'
 	$(BIN)/python -m sphinx -W -b html docs site
 
+cuda-check: .venv/.installed ## compiles the CUDA kernels for sm_80 and sm_90: no warning, no spill; needs nvcc, no GPU
+	$(BIN)/python csrc/check_cuda.py
+
 clean:
-	rm -rf .venv site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv site build dist *.egg-info counterpoise/kernels/*.so .mypy_cache .ruff_cache .pytest_cache
