@@ -29,6 +29,7 @@ SPOKEN = {
 }
 SOURCE = "ntxent"
 STATES = (0, 1, 2)
+PENALTIES = (0.3, 0.1, 0.03)  # of P2OT, beside the default of 1
 COMMON = [
     *("recipe=clustering", "data=embeddings_npz", "data.batch_size=512", "trainer.max_epochs=15"),
     *("recipe.init=k_means", "recipe.bank_size=2560"),
@@ -54,12 +55,16 @@ def embeddings(state: int) -> str:
     return str((RUNS / "self_supervised" / f"long_tailed-{SOURCE}-state{state}" / "embeddings.npz").relative_to(ROOT))
 
 
-def run(method: str, state: int) -> dict[str, Any]:
+def run(method: str, state: int, penalty: float | None = None) -> dict[str, Any]:
     """metrics.json of one cell."""
     overrides = [*COMMON, f"recipe.labels={method}", f"data.path={embeddings(state)}"]
+    name = method
     if method == "k_means":
         overrides.append("trainer.max_epochs=1")  # nothing is trained
-    return cell("clustering", f"{method}-state{state}", [*overrides, f"seed={state}"])
+    if penalty is not None:
+        overrides.append(f"recipe.penalty={penalty}")
+        name = f"{method}-penalty{penalty}"
+    return cell("clustering", f"{name}-state{state}", [*overrides, f"seed={state}"])
 
 
 def values(found: Found, method: str, name: str, split: str = "training") -> list[float]:
@@ -107,7 +112,32 @@ def page(found: Found) -> list[str]:
         }
         lines += [f"Less {METHODS[other]}, training split, in points: mean (smallest to largest).", ""]
         lines += [*table("labels", differences, [TRAINING[name] for name in JUDGED]), ""]
-    return lines + prose(verdict(found))
+    return lines + prose(verdict(found)) + penalties(found)
+
+
+def penalties(found: Found) -> list[str]:
+    """Why the edge over k-means does not show, and where it does."""
+    runs = {1.0: found["p2ot"], **{penalty: found[f"p2ot {penalty}"] for penalty in PENALTIES}}
+    columns = {name: TRAINING[name] for name in (*JUDGED, "head_accuracy", "medium_accuracy", "tail_accuracy")}
+    shown = {}
+    for title, cells in {"k-means": found["k_means"], **{f"P2OT, penalty {p:g}": c for p, c in runs.items()}}.items():
+        largest = [max(m["clusters"]["size"]) / sum(m["clusters"]["size"]) for m in cells]
+        told = [spread([m["clusters"]["training"][name] for m in cells]) for name in columns]
+        shown[title] = [*told, spread(largest)]
+    return [
+        "## Why, and what the penalty decides",
+        "",
+        *prose(
+            """The largest class holds 40 % of the examples. Labels may only follow it as far as the penalty on unequal
+            sizes lets them: at the default of 1, which is the papers', no cluster gets near that, and the classes of
+            the head are cut up. From a penalty of 0.1 down clusters grow apart, and P2OT passes k-means in mutual
+            information and accuracy. The smaller classes pay: large clusters swallow them, and at the lowest penalty
+            some clusters stay empty. Nothing but classes says which of these is wanted; the rows below are all that was
+            tried, and none is the best in everything."""
+        ),
+        *table("labels", shown, [*columns.values(), "largest cluster"]),
+        "",
+    ]
 
 
 def rows(found: Found, columns: dict[str, str], split: str) -> dict[str, list[str]]:
@@ -131,8 +161,7 @@ def verdict(found: Found) -> str:
     baseline = (
         f"Over k-means, {' and '.join(SPOKEN[method] for method in over)} gain accuracy in every state."
         if over
-        else "Neither P2OT nor SP2OT gains accuracy over k-means in every state: labels drawn towards equal clusters "
-        "(penalty 1) cost the largest classes what they give the others."
+        else "Neither P2OT nor SP2OT gains accuracy over k-means in every state."
     )
     return (
         f"Best in the mean: {named}. The order that the method promises, in how many of {of} states for NMI and for "
@@ -151,6 +180,8 @@ def main() -> None:
     found: Found = {}
     for state, method in itertools.product(STATES, METHODS):  # so that a stopped table is balanced
         found.setdefault(method, []).append(run(method, state))
+    for state, penalty in itertools.product(STATES, PENALTIES):
+        found.setdefault(f"p2ot {penalty}", []).append(run("p2ot", state, penalty))
     write_page("clustering", page(found))
 
 

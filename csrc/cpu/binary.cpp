@@ -4,42 +4,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "tensors.h"
+#include "binary_problem.h"
 
 namespace counterpoise {
 namespace {
 
 constexpr int64_t small_job = 1 << 13;  // entries that one thread does faster than several start
-
-// The numbers of a call, in the order of Settings in counterpoise/kernels/binary.py.
-enum Setting { Row, Kind, GammaPos, GammaNeg, AlphaPos, AlphaNeg, Margin, LogEps, Beta, Detach, MeanInRow, Divisor };
-
-// Logits (N, ...) and all that goes with them are contiguous; `entry_weight` holds whole rows, several where rows are
-// short.
-BinaryProblem problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-                      const std::optional<Tensor>& entry_weight, const std::vector<double>& settings) {
-  const int64_t entries = logits.numel(), row = static_cast<int64_t>(settings[Row]);
-  BinaryProblem p;
-  p.logits = logits.const_data_ptr();
-  p.target = target.const_data_ptr();
-  p.mask = static_cast<const uint8_t*>(data_of(mask));
-  p.entry_weight = data_of(entry_weight);
-  p.logits_type = type_of(logits);
-  p.target_type = type_of(target);
-  p.mask_by_entry = mask && mask->numel() == entries;
-  p.rows = row > 0 ? entries / row : 0;
-  p.row = row;
-  p.kind = static_cast<int>(settings[Kind]);
-  p.gamma_pos = settings[GammaPos];
-  p.gamma_neg = settings[GammaNeg];
-  p.alpha_pos = settings[AlphaPos];
-  p.alpha_neg = settings[AlphaNeg];
-  p.margin = settings[Margin];
-  p.log_eps = settings[LogEps];
-  p.beta = settings[Beta];
-  p.detach = settings[Detach] != 0;
-  return p;
-}
 
 void check_target(const BinarySeen& seen) { STD_TORCH_CHECK(!seen.bad_target, "target holds a value outside [0, 1]"); }
 
@@ -65,7 +35,7 @@ BinarySeen rows_into(const BinaryProblem& p, Tensor& sums, Tensor& counts) {
 
 void binary_rows(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                  std::optional<Tensor> entry_weight, std::vector<double> settings, Tensor sums, Tensor counts) {
-  check_target(rows_into(problem(logits, target, mask, entry_weight, settings), sums, counts));
+  check_target(rows_into(binary_problem(logits, target, mask, entry_weight, settings), sums, counts));
 }
 
 // One pass where every entry counts, in blocks whose sums are added in order.
@@ -171,7 +141,7 @@ Total total_of(const Tensor& logits, const BinaryProblem& p, const std::optional
 void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                   std::optional<Tensor> entry_weight, std::optional<Tensor> weight, std::vector<double> settings,
                   Tensor value, std::optional<Tensor> divisor, std::optional<Tensor> grad) {
-  const BinaryProblem p = problem(logits, target, mask, entry_weight, settings);
+  const BinaryProblem p = binary_problem(logits, target, mask, entry_weight, settings);
   const Total total = total_of(logits, p, weight, settings[MeanInRow] != 0, settings[Divisor],
                                grad ? grad->mutable_data_ptr() : nullptr);
   assign(value, total.value);
@@ -181,14 +151,14 @@ void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tens
 void binary_total_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                            std::optional<Tensor> entry_weight, std::optional<Tensor> weight,
                            std::vector<double> settings, const Tensor& upstream, const Tensor& divisor, Tensor grad) {
-  grad_into(problem(logits, target, mask, entry_weight, settings), data_of(weight),
+  grad_into(binary_problem(logits, target, mask, entry_weight, settings), data_of(weight),
             value_of(upstream) / value_of(divisor), settings[MeanInRow] != 0, grad.mutable_data_ptr());
 }
 
 void binary_rows_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                           std::optional<Tensor> entry_weight, std::vector<double> settings, const Tensor& by_row,
                           Tensor grad) {
-  grad_into(problem(logits, target, mask, entry_weight, settings), by_row.const_data_ptr(), 1.0, false,
+  grad_into(binary_problem(logits, target, mask, entry_weight, settings), by_row.const_data_ptr(), 1.0, false,
             grad.mutable_data_ptr());
 }
 
