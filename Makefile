@@ -44,7 +44,7 @@ docs: .venv/.installed ## HTML into site/
 	$(BIN)/python -m sphinx -W -b html docs site
 
 cuda-check: .venv/.installed ## compiles the CUDA kernels for sm_80 and sm_90: no warning, no spill; needs nvcc, no GPU
-	$(BIN)/python csrc/check_cuda.py
+	$(BIN)/python -m tools.check_cuda
 
 clean:
 	rm -rf .venv site build dist *.egg-info counterpoise/kernels/*.so .mypy_cache .ruff_cache .pytest_cache

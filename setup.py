@@ -2,7 +2,7 @@
 
 The libraries use torch's stable interface alone: no Python headers, one binary for many versions of torch and Python.
 
-``COUNTERPOISE_BUILD=0`` leaves them out. CUDA kernels are built with ``COUNTERPOISE_CUDA=1``, or where nvcc and a
+``COUNTERPOISE_BUILD=0`` leaves them out; with ``COUNTERPOISE_BUILD=1`` it is an error if they cannot be built. CUDA kernels are built with ``COUNTERPOISE_CUDA=1``, or where nvcc and a
 device are there; ``COUNTERPOISE_CUDA_ARCHITECTURES`` (default ``80;90``) names what for.
 """
 
@@ -20,11 +20,13 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
 LOOPS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]  # no OpenMP, its pragma
+CUDA = ["-std=c++20", "-O3", "-DUSE_CUDA", TARGET, "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 INSTRUCTION_SETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -56,14 +58,20 @@ def wants_cuda() -> bool:
 
 def extensions() -> list[Extension]:
     """One for each back end that can be built."""
-    if os.environ.get("COUNTERPOISE_BUILD") == "0":
+    asked = os.environ.get("COUNTERPOISE_BUILD")
+    if asked == "0":
         return []
     if compiler() is None or torch_folder() is None:
+        if asked == "1":
+            raise SystemExit("counterpoise: no C++ compiler or no torch headers, and COUNTERPOISE_BUILD=1")
         print("counterpoise: no C++ compiler or no torch headers: building without kernels")
         return []
     sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
     backends = ["cpu", "cuda"] if wants_cuda() else ["cpu"]
-    return [Extension(f"counterpoise.kernels.{name}", sources=sources, optional=name == "cpu") for name in backends]
+    return [
+        Extension(f"counterpoise.kernels.{name}", sources=sources, optional=name == "cpu" and asked != "1")
+        for name in backends
+    ]
 
 
 def instruction_sets() -> dict[str, list[str]]:
@@ -113,18 +121,10 @@ class BuildKernels(build_ext):
         architectures = os.environ.get("COUNTERPOISE_CUDA_ARCHITECTURES", "80;90").split(";")
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
         codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-        flags = [
-            "-std=c++20",
-            "-O3",
-            "-DUSE_CUDA",
-            TARGET,
-            "--expt-relaxed-constexpr",
-            "-Xcompiler=-fPIC,-fvisibility=hidden",
-        ]
         jobs = []
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             made = folder / f"{source.stem}.o"
-            jobs.append((made, ["nvcc", *flags, *codes, *self.headers(), "-c", str(source), "-o", str(made)]))
+            jobs.append((made, ["nvcc", *CUDA, *codes, *self.headers(), "-c", str(source), "-o", str(made)]))
         return jobs
 
     def cxx(self) -> list[str]:
@@ -140,13 +140,14 @@ class BuildKernels(build_ext):
         libraries = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         if name == "cuda":
             return ["nvcc", "-shared", "-cudart=shared", *objects, *libraries, "-ltorch_cuda", "-o", str(target)]
-        return [*self.cxx(), "-shared", *objects, *libraries, "-o", str(target)]
+        # -lgcc: the conversions of half types from the static library, which the shared one has since version 12 alone.
+        return [*self.cxx(), "-shared", *objects, *libraries, "-lgcc", "-o", str(target)]
 
     def run_tool(self, command: list[str]) -> None:
         """Runs a compiler; its output is shown where it fails."""
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            raise CompileError(f"{' '.join(command)}\n{done.stderr}")
         if done.stderr:
             self.announce(done.stderr)
 
@@ -159,4 +160,5 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython})

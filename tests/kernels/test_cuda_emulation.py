@@ -70,7 +70,9 @@ def test_log_sums_of_what_is_not_finite(block: Path, tmp_path: Path, special: st
     names = ("largest", "log_sums")
     for some in (x, torch.cat([x[:3], torch.zeros(50)])):
         numbers = {"n": len(some), "threads": 64, "lanes": 8, "packed": 64}
-        out = emulation.run(block, tmp_path / "case", {"x": some, **packs}, numbers, dict.fromkeys(names, torch.float32))
+        out = emulation.run(
+            block, tmp_path / "case", {"x": some, **packs}, numbers, dict.fromkeys(names, torch.float32)
+        )
         expected = some.logsumexp(0).expand(128)
         torch.testing.assert_close(out["log_sums"], expected, equal_nan=True)
         torch.testing.assert_close(out["largest"], some.max().expand(128), equal_nan=True)
@@ -138,7 +140,10 @@ def emulated(
     names = ("kind", "gamma_pos", "gamma_neg", "alpha_pos", "alpha_neg", "margin", "log_eps", "beta", "detach")
     numbers = {
         **dict(zip(names, loss.arguments(), strict=True)),
-        **{"rows": z.shape[0], "row": z.shape[1], "mean": mean, "divisor": divisor},
+        "rows": z.shape[0],
+        "row": z.shape[1],
+        "mean": mean,
+        "divisor": divisor,
         "logits_type": emulation.TYPES.index(z.dtype),
         "target_type": emulation.TYPES.index(t.dtype),
         "mask_by_entry": mask is not None and mask.numel() == z.numel(),
@@ -229,17 +234,12 @@ def test_masks_and_weights(binary: Path, tmp_path: Path, shape: tuple[int, int],
     mask[0] = False
     z[0], t[0] = torch.nan, 7  # what is masked is not looked at
     weight, class_weight = torch.rand(shape[0]), torch.rand(shape[1])
-    out = emulated(
-        *(binary, tmp_path / "case", loss, z, t),
-        **{"mask": mask, "weight": weight, "class_weight": class_weight, "mean": mean},
-    )
+    factors = {"weight": weight, "class_weight": class_weight}
+    out = emulated(binary, tmp_path / "case", loss, z, t, mask=mask, mean=mean, **factors)
     kept = z.clone(), t.clone()
     kept[0][0], kept[1][0] = 0, 0
-    value, grad = plain(
-        *(function, settings, *kept),
-        **{"mask": mask, "weight": weight.double(), "class_weight": class_weight.double()},
-        inner="mean" if mean else "sum",
-    )
+    doubled = {name: x.double() for name, x in factors.items()}
+    value, grad = plain(function, settings, *kept, mask=mask, inner="mean" if mean else "sum", **doubled)
     assert_close(out["total"], value, z.dtype)
     assert_close(out["grad"], grad, z.dtype)
 

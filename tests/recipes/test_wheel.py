@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
-import sysconfig
+import tarfile
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from counterpoise.recipes.run_folder import read_metrics
 from tests.recipes.launching import QUICK, run_folders
+from tools import build_wheel
+from tools.build_wheel import run
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-NOT_BUILT = (".*", "build", "dist", "site", "outputs", "*.egg-info", "__pycache__", "docs", "benchmarks")
 DATA = [
     "counterpoise/py.typed",
     "counterpoise/recipes/templates/report.html.j2",
@@ -27,43 +25,19 @@ DATA = [
 ]
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the tree, so that nothing is written into it."""
-    work = tmp_path_factory.mktemp("build")
-    source = shutil.copytree(ROOT, work / "source", ignore=shutil.ignore_patterns(*NOT_BUILT))
-    new_enough = int(version("setuptools").split(".")[0]) >= 77
-    run(
-        *(sys.executable, "-m", "build", "--wheel", "--outdir", work / "dist"),
-        *(["--no-isolation"] if new_enough else []),
-        cwd=Path(source),
-    )
-    (built,) = (work / "dist").glob("*.whl")
-    return built
+    """With kernels where there is a compiler."""
+    asked = {"COUNTERPOISE_BUILD": "1"} if shutil.which("g++") else {}
+    return build_wheel.build(tmp_path_factory.mktemp("dist"), **asked)
 
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel; the dependencies are those at hand, but not the checkout.
-
-    A ``.pth`` file puts their folder on the path and does not read the ``.pth`` files in it, so that an editable
-    install of this library stays out of reach.
-    """
-    venv = tmp_path_factory.mktemp("venv") / "venv"
-    run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=venv.parent)
-    python = venv / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=venv.parent)
-    (packages,) = venv.glob("lib/python*/site-packages")
-    at_hand = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
-    (packages / "dependencies.pth").write_text("\n".join(at_hand))
-    return venv
+    """A new environment with the wheel; the dependencies are those at hand, but not the checkout."""
+    folder = tmp_path_factory.mktemp("venv") / "venv"
+    build_wheel.install(wheel, folder)
+    return folder
 
 
 def names_in(wheel: Path) -> set[str]:
@@ -100,3 +74,37 @@ def test_the_installed_script_trains_from_an_empty_folder(environment: Path, tmp
     assert read_metrics(folder)["status"] == "completed"
     assert (folder / "report.html").stat().st_size > 10_000
     assert "report: outputs/long_tailed/" in out
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_the_kernels_need_stable_interfaces_alone_and_run(wheel: Path, environment: Path, tmp_path: Path) -> None:
+    found = build_wheel.audit_wheel(wheel)
+    assert list(found) == ["counterpoise/kernels/libcounterpoise_cpu.so"]
+    for needs in found.values():
+        assert not needs.disallowed
+        assert needs.manylinux is not None, str(needs)
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    tagged = build_wheel.retag(Path(shutil.copy(wheel, tmp_path)))
+    assert "manylinux" in tagged.name
+    build_wheel.install(tagged, tmp_path / "venv")
+    out = run(tmp_path / "venv" / "bin" / "counterpoise-doctor", cwd=tmp_path)
+    assert "element-wise    cpu   ok" in out
+
+
+def test_without_a_compiler_the_package_is_pure_python_and_runs(tmp_path: Path) -> None:
+    python = Path(sys.executable).parent
+    wheel = build_wheel.build(tmp_path, PATH=str(python), CXX="/nonexistent")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in names_in(wheel) if name.endswith(".so")]
+    build_wheel.install(wheel, tmp_path / "venv")
+    out = run(tmp_path / "venv" / "bin" / "counterpoise-doctor", cwd=tmp_path)
+    assert "everything runs on plain PyTorch" in out
+
+
+def test_the_source_distribution_holds_what_is_compiled(tmp_path: Path) -> None:
+    archive = build_wheel.build(tmp_path, kind="sdist")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
+    assert sources | {"setup.py", "build_backend.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o"))]

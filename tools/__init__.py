@@ -1,0 +1,1 @@
+"""Scripts of the checkout: what is no part of the package."""
