@@ -95,10 +95,15 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     return mask if mask.shape == like.shape else mask.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
+def check_class_vector(name: str, x: Tensor | None, logits: Tensor) -> None:
+    """Raises ValueError unless ``x`` is None or (C,)."""
+    if x is not None and x.shape != logits.shape[1:2]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
+
+
 def class_vector(name: str, x: Tensor, logits: Tensor) -> Tensor:
     """``x`` (C,) in the logits' dtype and device; raises ValueError for another shape."""
-    if x.shape != logits.shape[1:2]:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
+    check_class_vector(name, x, logits)
     return x.to(logits)
 
 
