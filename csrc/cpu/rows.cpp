@@ -95,19 +95,16 @@ void each_piece(const RowProblem& p, const F& f) {
   });
 }
 
-double largest(const std::vector<double>& tops) {
-  double top = -INFINITY;
-  for (const double x : tops) top = x > top ? x : top;
-  return top;
-}
-
-RowPiece total_of(const std::vector<RowPiece>& pieces) {
-  RowPiece all{};
+// The pieces brought to one top and added in order.
+RowPiece total_of(const RowProblem& p, const std::vector<RowPiece>& pieces) {
+  RowPiece all{-INFINITY, 0, 0, 0, 0, 0, 0};
+  for (const auto& s : pieces) all.top = s.top > all.top ? s.top : all.top;
   for (const auto& s : pieces) {
-    all.others += s.others;
+    const double below = s.top - all.top;
+    all.others += s.others * std::exp(below);
+    all.gap += s.gap + (s.live > 0 ? (p.kind == 0 ? s.live_weight : s.live) * below : 0);
     all.live += s.live;
     all.live_weight += s.live_weight;
-    all.gap += s.gap;
     all.off_value += s.off_value;
     all.off_slope += s.off_slope;
   }
@@ -116,14 +113,12 @@ RowPiece total_of(const std::vector<RowPiece>& pieces) {
 
 void split_row(const RowProblem& p, int64_t row, void* losses, void* state) {
   const auto& table = CP_BEST(row_table);
-  std::vector<double> tops(pieces_of(p));
-  each_piece(p, [&](int64_t i, int64_t from, int64_t to) { tops[i] = table.top(p, row, from, to); });
-  const double top = largest(tops);
   std::vector<RowPiece> pieces(pieces_of(p));
-  each_piece(p, [&](int64_t i, int64_t from, int64_t to) { pieces[i] = table.sums(p, row, from, to, top); });
-  const double shift = top + table.log_total(p, row, top, total_of(pieces));
+  each_piece(p, [&](int64_t i, int64_t from, int64_t to) { pieces[i] = table.sums(p, row, from, to); });
+  RowPiece all = total_of(p, pieces);
+  const double shift = all.top + table.log_total(p, row, all);
   each_piece(p, [&](int64_t i, int64_t from, int64_t to) { table.off(p, row, from, to, shift, pieces[i]); });
-  table.outcome(p, row, top, total_of(pieces), losses, state);
+  table.outcome(p, row, total_of(p, pieces), losses, state);
 }
 
 // Blocks of rows for one thread each.
@@ -164,7 +159,7 @@ std::tuple<Tensor, Tensor> rows_each(CP_ROW_SETTINGS) {
 
 Tensor rows_backward(CP_ROW_SETTINGS, const Tensor& state, const Tensor& by_row) {
   const RowProblem p = CP_ROW_PROBLEM;
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = gradient_like(logits);
   const void *s = state.const_data_ptr(), *f = by_row.const_data_ptr();
   void* g = grad.mutable_data_ptr();
   if (splits(p)) {
@@ -222,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> rows_total(CP_ROW_SETTINGS, std::optional<Ten
 // Numbers that a thread keeps a row's exponentials in, where the gradient's type is too narrow for them.
 int64_t scratch_size(const RowProblem& p) {
   const bool narrow = p.logits_type == Type::bfloat16 || p.logits_type == Type::float16;
-  return narrow && p.classes > row_chunk ? p.classes : 0;
+  return narrow && p.classes > row_chunk && p.classes <= row_kept ? p.classes : 0;
 }
 
 // The total with its gradient.
@@ -231,7 +226,7 @@ std::tuple<Tensor, Tensor> rows_total_grad(CP_ROW_SETTINGS, std::optional<Tensor
   const RowProblem p = CP_ROW_PROBLEM;
   const void* w = data_of(weight);
   const double divisor = divisor_of(p, w, static_cast<Divisor>(normalizer), number);
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor grad = gradient_like(logits);
   void* g = grad.mutable_data_ptr();
   std::vector<std::byte> losses(p.rows * (p.logits_type == Type::float64 ? sizeof(double) : sizeof(float)));
   if (splits(p)) {

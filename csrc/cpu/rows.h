@@ -26,26 +26,27 @@ constexpr int64_t row_chunk = 1024;      // classes that are taken together
 constexpr int64_t row_piece = 1 << 15;   // classes of a long row that one thread takes
 constexpr int64_t row_state = 5;         // numbers a row that the backward pass needs: RowSlopes without the loss
 
-// Sums over a piece of a row, added in order over pieces.
+constexpr int64_t row_kept = 1 << 20;    // classes of the longest row whose exponentials are kept
+
+// Sums over a piece of a row; `top` is the largest logit in it or the target's, whichever is larger.
 struct RowPiece {
-  double others, live, live_weight, gap, off_value, off_slope;
+  double top, others, live, live_weight, gap, off_value, off_slope;
 };
 
 struct RowTable {
   // Losses and (unless null) states of rows [begin, end); unless `grad` is null their gradients, times `scale` and
-  // `weight` (null = ones). `scratch` holds `classes` numbers where rows are longer than a chunk and narrower than
-  // what is computed in.
+  // `weight` (null = ones). `scratch` holds `classes` numbers where rows are longer than a chunk (and no longer than
+  // row_kept), and narrower than what is computed in.
   void (*rows)(const RowProblem&, int64_t begin, int64_t end, const void* weight, double scale, void* losses,
                void* state, void* scratch, void* grad);
   // Gradients of rows [begin, end) from their states, times `by_row`.
   void (*backward)(const RowProblem&, int64_t begin, int64_t end, const void* state, const void* by_row, void* grad);
 
   // One row in pieces [from, to) that start at multiples of a chunk. The row counts, except in slopes().
-  double (*top)(const RowProblem&, int64_t row, int64_t from, int64_t to);  // of the piece and the target
-  RowPiece (*sums)(const RowProblem&, int64_t row, int64_t from, int64_t to, double top);
-  double (*log_total)(const RowProblem&, int64_t row, double top, const RowPiece& of_row);
+  RowPiece (*sums)(const RowProblem&, int64_t row, int64_t from, int64_t to);
+  double (*log_total)(const RowProblem&, int64_t row, const RowPiece& of_row);
   void (*off)(const RowProblem&, int64_t row, int64_t from, int64_t to, double shift, RowPiece&);
-  void (*outcome)(const RowProblem&, int64_t row, double top, const RowPiece& of_row, void* losses, void* state);
+  void (*outcome)(const RowProblem&, int64_t row, const RowPiece& of_row, void* losses, void* state);
   void (*slopes)(const RowProblem&, int64_t row, int64_t from, int64_t to, const void* state, double factor, void* grad);
 };
 

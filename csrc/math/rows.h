@@ -58,12 +58,12 @@ CP_INLINE T focus_of(T base, const Exponent<T>& gamma) {
   return gamma.whole >= 0 ? power<true>(base, T(0), gamma) : power<false>(base, log(base), gamma);
 }
 
-// p^gamma (-log p) of another class and its derivative with respect to log p; p = exp(log_p).
-template <bool Whole, class T>
-CP_INLINE void fading_other(T p, T log_p, const Exponent<T>& gamma, bool detach, T& value, T& slope) {
-  const T focus = power<Whole>(p, log_p, gamma);
+// p^gamma (-log p) of another class and its derivative with respect to log p.
+template <class T>
+CP_INLINE void fading_other(T log_p, T gamma, bool detach, T& value, T& slope) {
+  const T focus = exp(gamma * log_p);
   value = -focus * log_p;
-  slope = detach ? -focus : -focus * (1 + gamma.value * log_p);
+  slope = detach ? -focus : -focus * (1 + gamma * log_p);
 }
 
 // What every kind needs of the sums.

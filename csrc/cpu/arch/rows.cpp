@@ -1,6 +1,6 @@
-// Row-wise family: a row is read in chunks of adjusted logits, once for its largest, once for its exponentials. Where
-// the gradient is wanted with the loss, the exponentials are kept (in the gradient's own memory where the type allows
-// it) and scaled in a third pass, while the row is still in the cache.
+// Row-wise family: a row is read once, in chunks of adjusted logits whose exponentials are taken relative to the largest
+// logit so far. Where the gradient is wanted with the loss, the exponentials are kept (in the gradient's own memory where
+// the type allows it) and scaled in a second pass, while the row is still in the cache.
 #include "../rows.h"
 
 #include "../../math/rows.h"
@@ -13,8 +13,6 @@ using math::RowKind;
 using math::RowParameters;
 using math::RowSlopes;
 using math::RowSums;
-
-constexpr int64_t lanes = 16;
 
 inline int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
@@ -61,7 +59,6 @@ struct Rows {
   Writer<T> write;
   RowParameters<T> c;
   const T *multiplicative, *margin, *class_weight;
-  bool whole_neg;
 
   bool long_rows() const { return p.classes > row_chunk; }
   bool has_off() const { return c.kind == RowKind::asymmetric && c.smoothing != 0; }
@@ -99,8 +96,7 @@ Rows<T> rows_with(const RowProblem& p) {
           c,
           static_cast<const T*>(p.multiplicative),
           static_cast<const T*>(p.margin),
-          static_cast<const T*>(p.class_weight),
-          c.gamma_neg.whole >= 0};
+          static_cast<const T*>(p.class_weight)};
 }
 
 // Calls f with the problem in the type that it is computed in.
@@ -114,45 +110,23 @@ auto with_rows(const RowProblem& p, F&& f) {
   }
 }
 
-template <class T>
-T largest(const T* x, int64_t n) {
-  T part[lanes];
-  for (int64_t k = 0; k < lanes; ++k) part[k] = -math::infinity<T>;
-  for (int64_t i = 0; i < n; i += lanes)
-    for (int64_t k = 0; k < lanes; ++k) part[k] = x[i + k] > part[k] ? x[i + k] : part[k];
-  for (int64_t k = 1; k < lanes; ++k) part[0] = part[k] > part[0] ? part[k] : part[0];
-  return part[0];
-}
-
-template <class T>
-T top_of(const Rows<T>& r, int64_t row, int64_t from, int64_t to, Chunk<T>& k) {
-  T top = -math::infinity<T>;
-  for (int64_t n; from < to; from += n) {
-    n = r.length(from, to);
-    r.fill(row, from, n, k);
-    const T here = largest(k.u, padded(n));
-    top = here > top ? here : top;
-  }
-  return top;
-}
-
 // Number, weights and gaps below the top of the classes in a chunk that are not masked.
 template <class T>
 void add_labels(const Rows<T>& r, int64_t from, int64_t n, T top, const Chunk<T>& k, RowPiece& piece) {
+  using V = typename Wide<T>::type;
   const T* w = r.class_weight == nullptr ? nullptr : r.class_weight + from;
-  const bool weigh_gap = r.c.kind == RowKind::cross_entropy && w != nullptr;
-  T live[lanes] = {}, weight[lanes] = {}, gap[lanes] = {};
-  int64_t i = 0;
-  const auto add = [&](int64_t at, int64_t lane) {
-    const bool here = k.u[at] > -math::infinity<T>;
-    const T each = w == nullptr ? T(1) : w[at];
-    live[lane] += here ? T(1) : T(0);
-    weight[lane] += here ? each : T(0);
-    gap[lane] += here ? (weigh_gap ? each : T(1)) * (k.u[at] - top) : T(0);
-  };
-  for (; i + lanes <= n; i += lanes)
-    for (int64_t lane = 0; lane < lanes; ++lane) add(i + lane, lane);
-  for (; i < n; ++i) add(i, 0);
+  const bool weigh_gap = r.c.kind == RowKind::cross_entropy;
+  V live = {}, weight = {}, gap = {};
+  const V ones = live + T(1), zeros = {};
+  for (int64_t i = 0; i < padded(n); i += lanes) {
+    V u, each = ones;
+    __builtin_memcpy(&u, k.u + i, sizeof(u));
+    if (w != nullptr) __builtin_memcpy(&each, w + i, (n - i < lanes ? n - i : lanes) * sizeof(T));
+    const auto here = u > -math::infinity<T>;
+    live += here ? ones : zeros;
+    weight += here ? each : zeros;
+    gap += here ? (weigh_gap ? each : ones) * (u - top) : zeros;
+  }
   for (int64_t lane = 0; lane < lanes; ++lane) {
     piece.live += live[lane];
     piece.live_weight += weight[lane];
@@ -165,37 +139,46 @@ void exponentials(const T* __restrict u, int64_t n, T top, T* __restrict e) {
   for (int64_t i = 0; i < n; ++i) e[i] = math::exp(u[i] - top);
 }
 
-// The exponentials go to `keep` (null = nowhere; a row of one chunk keeps them in it).
+// Raises the top of what has been added up so far.
 template <class T>
-RowPiece sums_of(const Rows<T>& r, int64_t row, int64_t from, int64_t to, T top, T* keep, Chunk<T>& k) {
-  RowPiece piece{};
+void raise(const Rows<T>& r, double top, RowPiece& piece) {
+  piece.others *= static_cast<double>(math::exp(static_cast<T>(piece.top - top)));
+  if (piece.live > 0)
+    piece.gap += (r.c.kind == RowKind::cross_entropy ? piece.live_weight : piece.live) * (piece.top - top);
+  piece.top = top;
+}
+
+// The exponentials go to `keep` (null = nowhere; a row of one chunk has them in it), and to `tops` what each chunk's are
+// relative to.
+template <class T>
+RowPiece sums_of(const Rows<T>& r, int64_t row, int64_t from, int64_t to, T target, T* keep, T* tops, Chunk<T>& k) {
+  RowPiece piece{static_cast<double>(target), 0, 0, 0, 0, 0, 0};
   for (int64_t n; from < to; from += n) {
     n = r.length(from, to);
     r.fill(row, from, n, k);
-    exponentials(k.u, padded(n), top, k.e);
+    const double here = static_cast<double>(largest(k.u, padded(n)));
+    if (here > piece.top) raise(r, here, piece);
+    const T top = static_cast<T>(piece.top);
+    exponentials(k.u, padded(n), top == -math::infinity<T> ? T(0) : top, k.e);
     piece.others += static_cast<double>(sum(k.e, padded(n)));
     if (r.c.smoothing != 0) add_labels(r, from, n, top, k, piece);
+    if (tops != nullptr) tops[from / row_chunk] = top;
     if (keep != nullptr) store(k.e, n, keep + from);
   }
   return piece;
 }
 
-template <bool Whole, class T>
-void fade(const Rows<T>& r, int64_t n, T shift, Chunk<T>& k, T* value, T* slope) {
+// Values and slopes of fading_other over a chunk; 0 at the target, masked classes and the padding.
+template <class T>
+void fade_chunk(const Rows<T>& r, int64_t n, T shift, const Chunk<T>& k, T* __restrict value, T* __restrict slope) {
   for (int64_t i = 0; i < n; ++i) {
     const bool live = k.u[i] > -math::infinity<T>;
     const T log_p = live ? k.u[i] - shift : T(-1);
     T v, s;
-    math::fading_other<Whole>(math::exp(log_p), log_p, r.c.gamma_neg, r.c.detach, v, s);
+    math::fading_other(log_p, r.c.gamma_neg.value, r.c.detach, v, s);
     value[i] = live ? v : T(0);
     slope[i] = live ? s : T(0);
   }
-}
-
-// Values and slopes of fading_other over a chunk; 0 at the target, masked classes and the padding.
-template <class T>
-void fade_chunk(const Rows<T>& r, int64_t n, T shift, Chunk<T>& k, T* value, T* slope) {
-  r.whole_neg ? fade<true>(r, n, shift, k, value, slope) : fade<false>(r, n, shift, k, value, slope);
 }
 
 template <class T>
@@ -211,7 +194,8 @@ void add_off(const Rows<T>& r, int64_t row, int64_t from, int64_t to, T shift, R
 }
 
 template <class T>
-RowSums<T> sums_with(const Rows<T>& r, int64_t row, T top, T target, const RowPiece& s) {
+RowSums<T> sums_with(const Rows<T>& r, int64_t row, T target, const RowPiece& s) {
+  const T top = static_cast<T>(s.top);
   return {top,
           static_cast<T>(s.others),
           target - top,
@@ -235,18 +219,31 @@ RowSlopes<T> slopes_from(const T* state) {
   return {0, state[0], state[1], state[2], state[3], state[4]};
 }
 
+// x * factor, 0 where that would be subnormal: such products are slow, and nothing beside a row's largest slope.
+template <class T>
+T times(T x, T factor, T least) {
+  return ((x < 0 ? -x : x) < least ? T(0) : x) * factor;
+}
+
+template <class T>
+T least_for(T factor) {
+  return std::numeric_limits<T>::min() / (factor < 0 ? -factor : factor);
+}
+
 // The exponentials in k.e become gradients.
 template <class T>
 void slopes_in_chunk(const Rows<T>& r, int64_t row, int64_t from, int64_t n, const RowSlopes<T>& s, T factor,
                      Chunk<T>& k) {
   factor *= static_cast<T>(r.p.scale);
   const T exponent = s.exponent * factor, label = s.label * factor;
-  for (int64_t i = 0; i < n; ++i) k.e[i] *= exponent;
+  const T least = least_for(exponent);
+  for (int64_t i = 0; i < n; ++i) k.e[i] = times(k.e[i], exponent, least);
   if (r.has_off()) {
     alignas(64) T value[row_chunk], slope[row_chunk];
     r.fill(row, from, n, k);
     fade_chunk(r, padded(n), s.top + s.log_total, k, value, slope);
-    for (int64_t i = 0; i < n; ++i) k.e[i] += label * slope[i];
+    const T least_slope = least_for(label);
+    for (int64_t i = 0; i < n; ++i) k.e[i] += times(slope[i], label, least_slope);
   } else if (r.c.smoothing != 0) {
     const bool weighted = r.c.kind == RowKind::cross_entropy && r.class_weight != nullptr;
     r.fill(row, from, n, k);
@@ -261,11 +258,14 @@ void slopes_in_chunk(const Rows<T>& r, int64_t row, int64_t from, int64_t n, con
 
 // From the exponentials that `kept` holds, or that a row of one chunk has in it.
 template <class T>
-void write_row(const Rows<T>& r, int64_t row, const RowSlopes<T>& s, T factor, const T* kept, void* grad, Chunk<T>& k) {
+void write_row(const Rows<T>& r, int64_t row, const RowSlopes<T>& s, T factor, const T* kept, const T* tops, void* grad,
+               Chunk<T>& k) {
   for (int64_t from = 0, n; from < r.p.classes; from += n) {
     n = r.length(from, r.p.classes);
     if (r.long_rows()) load(kept + from, n, k.e);
-    slopes_in_chunk(r, row, from, n, s, factor, k);
+    RowSlopes<T> here = s;
+    here.exponent *= math::exp(tops[from / row_chunk] - s.top);
+    slopes_in_chunk(r, row, from, n, here, factor, k);
     r.write(k.e, n, grad, row * r.p.classes + from);
   }
 }
@@ -280,49 +280,21 @@ void write_zeros(const Rows<T>& r, int64_t row, int64_t from, int64_t to, void* 
 }
 
 template <class T>
-RowSlopes<T> row_of(const Rows<T>& r, int64_t row, T* kept, Chunk<T>& k) {
+RowSlopes<T> row_of(const Rows<T>& r, int64_t row, T* kept, T* tops, Chunk<T>& k) {
   const T target = r.target(row);
-  const T others = top_of(r, row, 0, r.p.classes, k);
-  const T top = target > others ? target : others;
-  RowPiece piece = sums_of(r, row, 0, r.p.classes, top, r.long_rows() ? kept : nullptr, k);
-  RowSums<T> s = sums_with(r, row, top, target, piece);
+  RowPiece piece = sums_of(r, row, 0, r.p.classes, target, r.long_rows() ? kept : nullptr, tops, k);
+  RowSums<T> s = sums_with(r, row, target, piece);
   if (r.has_off()) {
-    add_off(r, row, 0, r.p.classes, top + math::row_terms(s, r.c.smoothing).log_total, piece, k);
-    s = sums_with(r, row, top, target, piece);
+    add_off(r, row, 0, r.p.classes, s.top + math::row_terms(s, r.c.smoothing).log_total, piece, k);
+    s = sums_with(r, row, target, piece);
   }
   return math::row_slopes(s, r.c);
 }
 
-void rows(const RowProblem& p, int64_t begin, int64_t end, const void* weight, double scale, void* losses, void* state,
-          void* scratch, void* grad) {
-  with_rows(p, [&]<class T>(const Rows<T>& r) {
-    const T* w = static_cast<const T*>(weight);
-    Chunk<T> k;
-    for (int64_t row = begin; row < end; ++row) {
-      T* its_state = state == nullptr ? nullptr : static_cast<T*>(state) + row * row_state;
-      if (!row_counts(p, row)) {
-        static_cast<T*>(losses)[row] = 0;
-        keep_state(RowSlopes<T>{}, its_state);
-        if (grad != nullptr) write_zeros(r, row, 0, p.classes, grad, k);
-        continue;
-      }
-      T* kept = static_cast<T*>(scratch);
-      if (grad != nullptr && kept == nullptr) kept = static_cast<T*>(grad) + row * p.classes;
-      const RowSlopes<T> s = row_of(r, row, grad == nullptr ? nullptr : kept, k);
-      static_cast<T*>(losses)[row] = s.loss;
-      keep_state(s, its_state);
-      if (grad == nullptr) continue;
-      const T factor = static_cast<T>(scale) * (w == nullptr ? T(1) : w[row]);
-      write_row(r, row, s, factor, kept, grad, k);
-    }
-  });
-}
-
 template <class T>
-void write_piece(const Rows<T>& r, int64_t row, int64_t from, int64_t to, const T* state, T factor, void* grad,
+void write_piece(const Rows<T>& r, int64_t row, int64_t from, int64_t to, const RowSlopes<T>& s, T factor, void* grad,
                  Chunk<T>& k) {
   if (!row_counts(r.p, row)) return write_zeros(r, row, from, to, grad, k);
-  const RowSlopes<T> s = slopes_from(state);
   for (int64_t n; from < to; from += n) {
     n = r.length(from, to);
     r.fill(row, from, n, k);
@@ -332,34 +304,56 @@ void write_piece(const Rows<T>& r, int64_t row, int64_t from, int64_t to, const 
   }
 }
 
+void rows(const RowProblem& p, int64_t begin, int64_t end, const void* weight, double scale, void* losses, void* state,
+          void* scratch, void* grad) {
+  with_rows(p, [&]<class T>(const Rows<T>& r) {
+    const T* w = static_cast<const T*>(weight);
+    const bool keeps = grad != nullptr && p.classes <= row_kept;
+    Chunk<T> k;
+    T tops[row_kept / row_chunk];
+    for (int64_t row = begin; row < end; ++row) {
+      T* its_state = state == nullptr ? nullptr : static_cast<T*>(state) + row * row_state;
+      if (!row_counts(p, row)) {
+        static_cast<T*>(losses)[row] = 0;
+        keep_state(RowSlopes<T>{}, its_state);
+        if (grad != nullptr) write_zeros(r, row, 0, p.classes, grad, k);
+        continue;
+      }
+      T* kept = scratch != nullptr ? static_cast<T*>(scratch) : static_cast<T*>(grad) + row * p.classes;
+      const RowSlopes<T> s = row_of(r, row, keeps ? kept : nullptr, keeps ? tops : nullptr, k);
+      static_cast<T*>(losses)[row] = s.loss;
+      keep_state(s, its_state);
+      if (grad == nullptr) continue;
+      const T factor = static_cast<T>(scale) * (w == nullptr ? T(1) : w[row]);
+      if (keeps) {
+        write_row(r, row, s, factor, kept, tops, grad, k);
+      } else {
+        write_piece(r, row, 0, p.classes, s, factor, grad, k);
+      }
+    }
+  });
+}
+
 void backward(const RowProblem& p, int64_t begin, int64_t end, const void* state, const void* by_row, void* grad) {
   with_rows(p, [&]<class T>(const Rows<T>& r) {
     Chunk<T> k;
     for (int64_t row = begin; row < end; ++row)
-      write_piece(r, row, 0, p.classes, static_cast<const T*>(state) + row * row_state,
+      write_piece(r, row, 0, p.classes, slopes_from(static_cast<const T*>(state) + row * row_state),
                   static_cast<const T*>(by_row)[row], grad, k);
   });
 }
 
-double top(const RowProblem& p, int64_t row, int64_t from, int64_t to) {
-  return with_rows(p, [&]<class T>(const Rows<T>& r) -> double {
-    Chunk<T> k;
-    const T others = top_of(r, row, from, to, k), target = r.target(row);
-    return target > others ? target : others;
-  });
-}
-
-RowPiece sums(const RowProblem& p, int64_t row, int64_t from, int64_t to, double top) {
+RowPiece sums(const RowProblem& p, int64_t row, int64_t from, int64_t to) {
   return with_rows(p, [&]<class T>(const Rows<T>& r) {
     Chunk<T> k;
-    return sums_of(r, row, from, to, static_cast<T>(top), static_cast<T*>(nullptr), k);
+    T* const nowhere = nullptr;
+    return sums_of(r, row, from, to, r.target(row), nowhere, nowhere, k);
   });
 }
 
-double log_total(const RowProblem& p, int64_t row, double top, const RowPiece& piece) {
+double log_total(const RowProblem& p, int64_t row, const RowPiece& of_row) {
   return with_rows(p, [&]<class T>(const Rows<T>& r) -> double {
-    const RowSums<T> s = sums_with(r, row, static_cast<T>(top), r.target(row), piece);
-    return math::row_terms(s, r.c.smoothing).log_total;
+    return math::row_terms(sums_with(r, row, r.target(row), of_row), r.c.smoothing).log_total;
   });
 }
 
@@ -370,10 +364,9 @@ void off(const RowProblem& p, int64_t row, int64_t from, int64_t to, double shif
   });
 }
 
-void outcome(const RowProblem& p, int64_t row, double top, const RowPiece& piece, void* losses, void* state) {
+void outcome(const RowProblem& p, int64_t row, const RowPiece& of_row, void* losses, void* state) {
   with_rows(p, [&]<class T>(const Rows<T>& r) {
-    const RowSums<T> sums = sums_with(r, row, static_cast<T>(top), r.target(row), piece);
-    const RowSlopes<T> s = math::row_slopes(sums, r.c);
+    const RowSlopes<T> s = math::row_slopes(sums_with(r, row, r.target(row), of_row), r.c);
     static_cast<T*>(losses)[row] = s.loss;
     keep_state(s, static_cast<T*>(state) + row * row_state);
   });
@@ -382,12 +375,13 @@ void outcome(const RowProblem& p, int64_t row, double top, const RowPiece& piece
 void slopes(const RowProblem& p, int64_t row, int64_t from, int64_t to, const void* state, double factor, void* grad) {
   with_rows(p, [&]<class T>(const Rows<T>& r) {
     Chunk<T> k;
-    write_piece(r, row, from, to, static_cast<const T*>(state) + row * row_state, static_cast<T>(factor), grad, k);
+    write_piece(r, row, from, to, slopes_from(static_cast<const T*>(state) + row * row_state), static_cast<T>(factor),
+                grad, k);
   });
 }
 
 }  // namespace
 
-const RowTable row_table = {rows, backward, top, sums, log_total, off, outcome, slopes};
+const RowTable row_table = {rows, backward, sums, log_total, off, outcome, slopes};
 
 }  // namespace counterpoise::CP_ARCH
