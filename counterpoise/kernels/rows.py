@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, combine_inner, reduce_losses
-from counterpoise.kernels._library import LIBRARY, define, differentiable, runs_on, transformed
+from counterpoise.kernels._library import LIBRARY, define, differentiable, in_transform, runs_on
 
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
 NORMALIZERS = ("number", "count", "weight", "positives")  # what the kernel can divide by; the place is its code
@@ -44,15 +44,11 @@ def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         target: class indices, or probabilities, which have none.
         others: class vectors, weights, masks; None is skipped.
     """
-    if target.dtype.is_floating_point or not runs_on(logits, "rows_total") or target.device != logits.device:
+    if target.dtype.is_floating_point or not runs_on(logits, "rows_total"):
         return False
-    compiling = torch.compiler.is_compiling()
-    if not compiling and (type(target) is not Tensor or transformed(target)):
+    if not torch.compiler.is_compiling() and (type(target) is not Tensor or in_transform()):
         return False
-    for x in others:
-        if x is not None and (x.requires_grad or (not compiling and transformed(x))):
-            return False
-    return True
+    return not any(x is not None and x.requires_grad for x in others) and target.is_cpu == logits.is_cpu
 
 
 def row_loss(
@@ -95,7 +91,7 @@ def row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
     settings = (
-        y.reshape(-1),
+        y.contiguous() if y.ndim == 1 else y.reshape(-1),
         None if mask is None else _by_entry(mask, y),
         _vector(additive, logits, computed),
         _vector(multiplicative, logits, computed),
@@ -183,7 +179,7 @@ def _total(
         return _TracedTotal.apply(logits, *settings)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return _ops.rows_total(logits.contiguous(), *settings)[0]
-    return _Total.apply(logits, settings, plain, options)
+    return _Total.apply(logits, (settings, plain, options))
 
 
 def _each(logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
@@ -191,59 +187,62 @@ def _each(logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor
         return _TracedEach.apply(logits, *settings)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         return _ops.rows_each(_as_rows(logits), *settings)[0]
-    return _Each.apply(logits, settings, plain)
+    return _Each.apply(logits, (settings, plain, (None, "none", "none", "count", False)))
+
+
+_Call = tuple[tuple[Any, ...], Callable[..., Tensor], tuple[Any, ...]]  # the operator's settings, and the plain form
 
 
 class _Total(torch.autograd.Function):
     """The reduced loss of logits (N, C). On the host the first backward pass takes the gradient that came with it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor], options: tuple[Any, ...]
-    ) -> Tensor:
-        ctx.settings, ctx.plain, ctx.options, ctx.grad, ctx.kept = settings, plain, options, None, None
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        ctx.call, ctx.grad, ctx.kept = call, None, None
         ctx.save_for_backward(logits)
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
         if logits.is_cpu and logits.dtype != torch.float16:
-            value, ctx.grad = _ops.rows_total_grad(logits.contiguous(), *settings)
+            value, ctx.grad = _ops.rows_total_grad(logits.contiguous(), *call[0])
         else:
-            value, *ctx.kept = _ops.rows_total(logits.contiguous(), *settings)
+            value, *ctx.kept = _ops.rows_total(logits.contiguous(), *call[0])
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (logits,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed(upstream):
-            return differentiable(lambda z: _call(ctx.plain, z, ctx.options), logits, upstream), None, None, None
-        grad, ctx.grad = ctx.grad, None
-        if grad is not None:
+        settings, plain, options = ctx.call
+        again = torch.is_grad_enabled() or in_transform()
+        if ctx.grad is not None and not again:
+            grad, ctx.grad = ctx.grad, None
             scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None, None, None
+            return (grad if scale == 1 else grad.mul_(scale)), None
+        (logits,) = ctx.saved_tensors
+        if again:
+            return differentiable(lambda z: _call(plain, z, options), logits, upstream), None
         z = logits.contiguous()
         if ctx.kept is None:  # the graph was retained
-            ctx.kept = _ops.rows_total(z, *ctx.settings)[1:]
+            ctx.kept = _ops.rows_total(z, *settings)[1:]
         state, factor = ctx.kept
-        return _ops.rows_backward(z, *ctx.settings[:13], state, factor * upstream), None, None, None
+        return _ops.rows_backward(z, *settings[:13], state, factor * upstream), None
 
 
 class _Each(torch.autograd.Function):
     """One loss an entry, flat, of logits (N, C, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
-        ctx.settings, ctx.plain = settings, plain
-        losses, state = _ops.rows_each(_as_rows(logits), *settings)
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        ctx.call = call
+        losses, state = _ops.rows_each(_as_rows(logits), *call[0])
         ctx.save_for_backward(logits, state)
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        settings, plain, options = ctx.call
         logits, state = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed(upstream):
-            options = (None, "none", "none", "count", False)
-            return differentiable(lambda z: _call(ctx.plain, z, options).flatten(), logits, upstream), None, None
-        grad = _ops.rows_backward(_as_rows(logits), *ctx.settings, state, upstream.contiguous())
-        return _as_logits(grad, logits), None, None
+        if torch.is_grad_enabled() or in_transform():
+            return differentiable(lambda z: _call(plain, z, options).flatten(), logits, upstream), None
+        grad = _ops.rows_backward(_as_rows(logits), *settings, state, upstream.contiguous())
+        return _as_logits(grad, logits), None
 
 
 class _TracedTotal(torch.autograd.Function):

@@ -41,10 +41,10 @@ inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> shape, Sc
   return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
 }
 
-// An uninitialised gradient of x. A large one is fresh memory from the system: in huge pages its first touch costs a
+// An uninitialised gradient of x, which is contiguous. A large one is fresh memory from the system: in huge pages its first touch costs a
 // hundredth of the page faults, which would take longer than what is computed. Advice only, and only inside the tensor.
 inline Tensor gradient_like(const Tensor& x) {
-  Tensor grad = torch::stable::empty_like(x);
+  Tensor grad = torch::stable::new_empty(x, x.sizes());
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t(1) << 21;
   const auto begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());

@@ -85,6 +85,23 @@ struct Wide {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
 };
 
+// x[k], x[k + 1], ... in the first places.
+template <int K, class V>
+CP_INLINE void shift_down(V& x) {
+  using Index = decltype(x < x);
+  Index at;
+  for (int64_t i = 0; i < lanes; ++i) at[i] = (i + K) % lanes;
+  x = __builtin_shuffle(x, at);
+}
+
+template <int K, class V, class F>
+CP_INLINE void fold(V& x, const F& join) {
+  V other = x;
+  shift_down<K>(other);
+  join(x, other);
+  if constexpr (K > 1) fold<K / 2>(x, join);
+}
+
 // Sixteen partial sums, added in a fixed order.
 template <class T>
 CP_INLINE T sum(const T* x, int64_t n) {
@@ -96,16 +113,15 @@ CP_INLINE T sum(const T* x, int64_t n) {
   }
   T total = 0;
   for (; i < n; ++i) total += x[i];
-  for (int64_t k = lanes / 2; k > 0; k /= 2)
-    for (int64_t j = 0; j < k; ++j) part[j] += part[j + k];
+  fold<lanes / 2>(part, [](auto& a, const auto& b) { a += b; });
   return total + part[0];
 }
 
 // The largest; NaN is passed over.
 template <class T>
 CP_INLINE T largest(const T* x, int64_t n) {
-  typename Wide<T>::type part, next;
-  for (int64_t k = 0; k < lanes; ++k) part[k] = -math::infinity<T>;
+  typename Wide<T>::type part = {}, next;
+  part -= math::infinity<T>;
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     __builtin_memcpy(&next, x + i, sizeof(next));
@@ -113,8 +129,8 @@ CP_INLINE T largest(const T* x, int64_t n) {
   }
   T most = -math::infinity<T>;
   for (; i < n; ++i) most = x[i] > most ? x[i] : most;
-  for (int64_t k = 0; k < lanes; ++k) most = part[k] > most ? part[k] : most;
-  return most;
+  fold<lanes / 2>(part, [](auto& a, const auto& b) { a = b > a ? b : a; });
+  return part[0] > most ? part[0] : most;
 }
 
 }  // namespace counterpoise::CP_ARCH
