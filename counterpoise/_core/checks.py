@@ -29,6 +29,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises ValueError unless ``value`` is one of ``choices``."""
+    if type(value) is str and type(choices) is tuple and value in choices:
+        return
     options = list(choices)
     if value not in options:
         hint = did_you_mean(str(value), [str(o) for o in options])
@@ -39,9 +41,11 @@ def check_number(
     name: str, value: object, low: float = -float("inf"), high: float = float("inf"), *, open_low: bool = False
 ) -> None:
     """Raises unless ``value`` is a real number in [low, high], or (low, high] with ``open_low``."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+    if type(value) is float and low < value <= high:  # what is asked for nearly always
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not (low < number <= high if open_low else low <= number <= high):
         raise ValueError(f"{name} is {value}, expected a number in {'(' if open_low else '['}{low}, {high}]")
 

@@ -138,6 +138,11 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(x is not None and (wrapped(x) or functorch.is_legacy_batchedtensor(x)) for x in tensors)
 
 
+def in_transform() -> bool:
+    """Whether a functorch transform (vmap, torch.func.grad, a batched gradient) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def differentiable(plain: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Tensor:
     """The gradient of ``plain`` at ``x`` times ``upstream``, with a graph of its own: for second derivatives."""
     with torch.enable_grad(), disabled():

@@ -19,15 +19,20 @@ Source: Menon et al., Long-tail learning via logit adjustment, 2021 (pairwise fo
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import log_softmax
 
 from counterpoise._core import at_least_float32, check_number, check_within, combine_inner, reduce_losses
+from counterpoise.kernels import rows
 from counterpoise.losses._inputs import (
     along_classes,
     as_distribution,
+    check_class_vector,
     check_multiclass,
     class_indices,
     class_vector,
@@ -80,6 +85,50 @@ def adjusted_cross_entropy(
     check_multiclass(logits, target, mask, weight)
     check_number("scale", scale, 0, open_low=True)
     check_number("label_smoothing", label_smoothing, 0, 1)
+    vectors = {"additive": additive, "multiplicative": multiplicative, "margin": margin, "class_weight": class_weight}
+    for name, vector in vectors.items():
+        check_class_vector(name, vector, logits)
+    plain = partial(
+        _plain,
+        target=target,
+        vectors=vectors,
+        scale=scale,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        mask=mask,
+    )
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if rows.runs_rows(logits, target, weight, mask, *vectors.values()):
+        return rows.row_loss(
+            rows.CROSS_ENTROPY,
+            logits,
+            target,
+            plain,
+            **vectors,
+            scale=scale,
+            smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            mask=mask,
+            sync=sync,
+            **options,
+        )
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    vectors: dict[str, Tensor | None],
+    scale: float,
+    label_smoothing: float,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    inner: str,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
     z = at_least_float32(logits)
     soft = target.is_floating_point()
     counted: Tensor | None
@@ -92,29 +141,21 @@ def adjusted_cross_entropy(
         target, counted = class_indices(target, z.shape[1], ignore_index, mask)
     if counted is not None:
         z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
-    adjusted = adjust(z, target, additive, multiplicative, margin, scale)
-    w = None if class_weight is None else class_vector("class_weight", class_weight, z)
+    adjusted = adjust(z, target, vectors["additive"], vectors["multiplicative"], vectors["margin"], scale)
+    w = None if vectors["class_weight"] is None else vectors["class_weight"].to(z)
     if soft or label_smoothing > 0:
         losses, carried = _soft_cross_entropy(adjusted, target, w, label_smoothing)
     else:
         losses = torch_cross_entropy(adjusted, target, weight=w, reduction="none")
         carried = None if w is None else w[target]
-    if carried is None and normalizer == "weight":
+    if carried is None and reduction["normalizer"] == "weight":
         carried = torch.ones_like(losses)  # as class weights of one
     if counted is not None:
         losses = torch.where(counted, losses, 0)
-    rows, counted_rows = combine_inner(losses, counted, inner)
+    combined, counted_rows = combine_inner(losses, counted, inner)
     if carried is not None:
         carried = combine_inner(carried, counted, inner)[0]
-    return reduce_losses(
-        rows,
-        counted=counted_rows,
-        weight=weight,
-        carried_weight=carried,
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
-    )
+    return reduce_losses(combined, counted=counted_rows, weight=weight, carried_weight=carried, **reduction)
 
 
 def adjust(

@@ -15,12 +15,15 @@ Source: Ben-Baruch et al., Asymmetric Loss For Multi-Label Classification, 2021;
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from counterpoise._core import Loss, Spec, at_least_float32, check_number, combine_inner, reduce_losses
-from counterpoise.losses._inputs import check_multiclass, class_indices, class_vector
+from counterpoise.kernels import rows
+from counterpoise.losses._inputs import check_class_vector, check_multiclass, class_indices
 from counterpoise.losses.softmax_focal import target_log_probabilities
 
 
@@ -59,28 +62,69 @@ def asymmetric_single_label_loss(
     check_number("label_smoothing", label_smoothing, 0, 1)
     if target.is_floating_point():
         raise TypeError(f"target has dtype {target.dtype}, expected class indices of an integer type")
-    z = at_least_float32(logits)
-    if z.shape[1] < 2:
+    if logits.shape[1] < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected at least two classes")
+    check_class_vector("class_weight", class_weight, logits)
+    settings = {
+        "gamma_neg": gamma_neg,
+        "gamma_pos": gamma_pos,
+        "label_smoothing": label_smoothing,
+        "detach_weight": detach_weight,
+    }
+    plain = partial(
+        _plain, target=target, settings=settings, class_weight=class_weight, ignore_index=ignore_index, mask=mask
+    )
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if rows.runs_rows(logits, target, weight, mask, class_weight):
+        return rows.row_loss(
+            rows.ASYMMETRIC,
+            logits,
+            target,
+            plain,
+            class_weight=class_weight,
+            smoothing=label_smoothing,
+            gamma_pos=gamma_pos,
+            gamma_neg=gamma_neg,
+            detach=detach_weight,
+            ignore_index=ignore_index,
+            mask=mask,
+            sync=sync,
+            **options,
+        )
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    settings: dict[str, Any],
+    class_weight: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    inner: str,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
+    z = at_least_float32(logits)
     target, counted = class_indices(target, z.shape[1], ignore_index, mask)
     if counted is not None:
         z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
-    carried = None if class_weight is None else class_vector("class_weight", class_weight, z)[target]
-    losses = _asymmetric(z, target, gamma_neg, gamma_pos, label_smoothing, detach_weight=detach_weight)
+    carried = None if class_weight is None else class_weight.to(z)[target]
+    losses = _asymmetric(z, target, **settings)
     losses = losses if carried is None else losses * carried
-    if carried is None and normalizer == "weight":
+    if carried is None and reduction["normalizer"] == "weight":
         carried = torch.ones_like(losses)  # as class weights of one
     if counted is not None:
         losses = torch.where(counted, losses, 0)
-    rows, counted_rows = combine_inner(losses, counted, inner)
+    combined, counted_rows = combine_inner(losses, counted, inner)
     return reduce_losses(
-        rows,
+        combined,
         counted=counted_rows,
         weight=weight,
         carried_weight=None if carried is None else combine_inner(carried, counted, inner)[0],
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
+        **reduction,
     )
 
 

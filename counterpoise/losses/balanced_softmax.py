@@ -15,7 +15,7 @@ from torch import Tensor
 
 from counterpoise._core import Loss, Spec
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
-from counterpoise.memory import ClassCounts, ClassStatistics
+from counterpoise.memory import ClassCounts, ClassStatistics, statistics_of
 
 
 def balanced_softmax_loss(
@@ -41,11 +41,11 @@ def balanced_softmax_loss(
 
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
-    statistics = class_counts if isinstance(class_counts, ClassStatistics) else ClassStatistics(class_counts)
+    statistics = statistics_of(class_counts)
     return adjusted_cross_entropy(
         logits,
         target,
-        additive=statistics.seen_prior().log(),
+        additive=statistics.derived("log prior", logits, lambda: statistics.seen_prior().log()),
         class_weight=class_weight,
         ignore_index=ignore_index,
         weight=weight,

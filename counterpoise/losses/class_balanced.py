@@ -15,11 +15,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from counterpoise._core import Loss, Spec, at_least_float32, check_choice, check_number, combine_inner, reduce_losses
-from counterpoise.losses._inputs import check_multiclass, class_indices, class_vector
+from counterpoise._core import Loss, Spec, check_choice, check_number, combine_inner, reduce_losses
+from counterpoise.losses._inputs import check_class_vector, check_multiclass, class_indices
 from counterpoise.losses.cross_entropy import cross_entropy_loss
 from counterpoise.losses.sigmoid_focal import sigmoid_focal_loss
-from counterpoise.memory import ClassCounts, ClassStatistics
+from counterpoise.memory import ClassCounts, ClassStatistics, statistics_of
 
 BASES = ("softmax", "sigmoid", "focal")
 
@@ -55,21 +55,32 @@ def class_balanced_loss(
     check_multiclass(logits, target, mask, weight)
     if target.is_floating_point():
         raise TypeError(f"target has dtype {target.dtype}, expected class indices of an integer type")
-    statistics = class_counts if isinstance(class_counts, ClassStatistics) else ClassStatistics(class_counts)
-    w = class_vector("class_counts", statistics.effective_number_weights(beta), at_least_float32(logits))
-    target, counted = class_indices(target, logits.shape[1], ignore_index, mask)
+    statistics = statistics_of(class_counts)
+    key = ("effective number", beta)
+    w = statistics.derived(key, logits, lambda: statistics.effective_number_weights(beta), statistics.counts)
+    check_class_vector("class_counts", w, logits)
     if base == "softmax":
-        losses = cross_entropy_loss(logits, target, mask=counted, inner="none", reduction="none")
-    else:
-        labels = one_hot(target, logits.shape[1])
-        losses = sigmoid_focal_loss(
-            logits.movedim(1, -1).flatten(0, -2),
-            labels.flatten(0, -2),
-            gamma=gamma if base == "focal" else 0.0,
-            mask=None if counted is None else counted.flatten(),
-            inner="sum",
-            reduction="none",
-        ).reshape(target.shape)
+        return cross_entropy_loss(
+            logits,
+            target,
+            class_weight=w,
+            ignore_index=ignore_index,
+            weight=weight,
+            mask=mask,
+            inner=inner,
+            reduction=reduction,
+            normalizer=normalizer,
+            sync=sync,
+        )
+    target, counted = class_indices(target, logits.shape[1], ignore_index, mask)
+    losses = sigmoid_focal_loss(
+        logits.movedim(1, -1).flatten(0, -2),
+        one_hot(target, logits.shape[1]).flatten(0, -2),
+        gamma=gamma if base == "focal" else 0.0,
+        mask=None if counted is None else counted.flatten(),
+        inner="sum",
+        reduction="none",
+    ).reshape(target.shape)
     w = w[target]
     rows, counted_rows = combine_inner(losses * w, counted, inner)
     return reduce_losses(

@@ -23,7 +23,7 @@ from torch.nn.functional import linear, normalize
 
 from counterpoise._core import Loss, Spec, at_least_float32, check_number, without_autocast
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
-from counterpoise.memory import ClassCounts, ClassStatistics
+from counterpoise.memory import ClassCounts, ClassStatistics, statistics_of
 
 
 def ldam_loss(
@@ -54,10 +54,11 @@ def ldam_loss(
 
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
+    statistics = statistics_of(class_counts)
     return adjusted_cross_entropy(
         logits,
         target,
-        margin=ldam_margins(class_counts, max_margin),
+        margin=statistics.derived(("margins", max_margin), logits, lambda: ldam_margins(statistics, max_margin)),
         scale=scale,
         class_weight=class_weight,
         ignore_index=ignore_index,
@@ -73,8 +74,7 @@ def ldam_loss(
 def ldam_margins(class_counts: ClassCounts | ClassStatistics, max_margin: float = 0.5) -> Tensor:
     """(C,) float64 margins, ``max_margin`` for the rarest class; only the ratios of the counts matter."""
     check_number("max_margin", max_margin, 0)
-    statistics = class_counts if isinstance(class_counts, ClassStatistics) else ClassStatistics(class_counts)
-    raw = statistics.seen_prior() ** -0.25
+    raw = statistics_of(class_counts).seen_prior() ** -0.25
     return raw * (max_margin / raw.max())
 
 

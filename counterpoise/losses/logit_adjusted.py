@@ -20,7 +20,7 @@ from torch import Tensor
 from counterpoise._core import Loss, Spec, at_least_float32, check_number
 from counterpoise.losses._inputs import along_classes, class_vector
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
-from counterpoise.memory import ClassCounts, ClassStatistics
+from counterpoise.memory import ClassCounts, ClassStatistics, statistics_of
 
 
 def logit_adjusted_loss(
@@ -50,10 +50,12 @@ def logit_adjusted_loss(
 
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
+    statistics = statistics_of(class_counts)
+    key = ("prior adjustment", tau, epsilon)
     return adjusted_cross_entropy(
         logits,
         target,
-        additive=prior_adjustment(class_counts, tau, epsilon),
+        additive=statistics.derived(key, logits, lambda: prior_adjustment(statistics, tau, epsilon)),
         class_weight=class_weight,
         ignore_index=ignore_index,
         weight=weight,
@@ -80,8 +82,7 @@ def prior_adjustment(class_counts: ClassCounts | ClassStatistics, tau: float, ep
     """(C,) float64 log(prior^tau + epsilon)."""
     check_number("tau", tau, 0)
     check_number("epsilon", epsilon, 0)
-    statistics = class_counts if isinstance(class_counts, ClassStatistics) else ClassStatistics(class_counts)
-    return torch.log(statistics.seen_prior() ** tau + epsilon)
+    return torch.log(statistics_of(class_counts).seen_prior() ** tau + epsilon)
 
 
 class LogitAdjustedLoss(Loss):

@@ -15,18 +15,21 @@ Source: Lin et al., Focal Loss for Dense Object Detection, 2017, appendix; Detec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from counterpoise._core import Loss, Spec, at_least_float32, check_number, check_within, combine_inner, reduce_losses
+from counterpoise.kernels import rows
 from counterpoise.losses._inputs import (
     along_classes,
     as_distribution,
+    check_class_vector,
     check_multiclass,
     class_indices,
-    class_vector,
     expand_mask,
     smooth,
 )
@@ -65,9 +68,45 @@ def softmax_focal_loss(
     check_multiclass(logits, target, mask, weight)
     check_number("gamma", gamma, 0)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    z = at_least_float32(logits)
-    if z.shape[1] < 2:
+    if logits.shape[1] < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected at least two classes")
+    a = focal_class_weight(alpha, class_weight, logits)
+    plain = partial(
+        _plain, target=target, gamma=gamma, a=a, label_smoothing=label_smoothing, ignore_index=ignore_index, mask=mask
+    )
+    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
+    if rows.runs_rows(logits, target, weight, mask, a):
+        return rows.row_loss(
+            rows.FOCAL,
+            logits,
+            target,
+            plain,
+            class_weight=a,
+            smoothing=label_smoothing,
+            gamma_pos=gamma,
+            ignore_index=ignore_index,
+            mask=mask,
+            sync=sync,
+            **options,
+        )
+    return plain(logits, sync=sync, **options)
+
+
+def _plain(
+    logits: Tensor,
+    *,
+    target: Tensor,
+    gamma: float,
+    a: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    inner: str,
+    **reduction: Any,
+) -> Tensor:
+    """What the kernel computes, as it is written."""
+    z = at_least_float32(logits)
     if target.is_floating_point():
         target, counted = _probabilities(target, mask)
         foreground = 1 - target[:, 0].to(z.dtype)
@@ -77,7 +116,7 @@ def softmax_focal_loss(
     if counted is not None:
         z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
         foreground = torch.where(counted, foreground, 0)
-    a = focal_class_weight(alpha, class_weight, z)
+    a = None if a is None else a.to(z)
     if target.is_floating_point() or label_smoothing > 0:
         t = smooth(as_distribution(target, z), z, label_smoothing)
         losses = _soft_focal(z, t, gamma)
@@ -86,20 +125,18 @@ def softmax_focal_loss(
         losses = _focal(z, target, gamma)
         carried = None if a is None else a[target]
     losses = losses if carried is None else losses * carried
-    if carried is None and normalizer == "weight":
+    if carried is None and reduction["normalizer"] == "weight":
         carried = torch.ones_like(losses)  # as class weights of one
     if counted is not None:
         losses = torch.where(counted, losses, 0)
-    rows, counted_rows = combine_inner(losses, counted, inner)
+    combined, counted_rows = combine_inner(losses, counted, inner)
     return reduce_losses(
-        rows,
+        combined,
         counted=counted_rows,
         weight=weight,
         carried_weight=None if carried is None else combine_inner(carried, counted, inner)[0],
         positives=foreground.sum(),
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
+        **reduction,
     )
 
 
@@ -148,12 +185,13 @@ def _logsumexp_or_zero(x: Tensor, less: Tensor | float = 0.0) -> Tensor:
 def focal_class_weight(alpha: float | None, class_weight: Tensor | None, logits: Tensor) -> Tensor | None:
     """(C,) weights from either way of giving them, or None; raises ValueError for both."""
     if alpha is None:
-        return None if class_weight is None else class_vector("class_weight", class_weight, logits)
+        check_class_vector("class_weight", class_weight, logits)
+        return class_weight
     if class_weight is not None:
         raise ValueError("alpha and class_weight were both given, expected one of them: they would multiply")
     check_number("alpha", alpha, 0, 1)
     classes = torch.arange(logits.shape[1], device=logits.device)
-    return torch.where(classes == 0, 1 - alpha, alpha).to(logits)
+    return torch.where(classes == 0, 1 - alpha, alpha)
 
 
 class SoftmaxFocalLoss(Loss):

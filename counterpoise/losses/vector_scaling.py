@@ -24,7 +24,7 @@ from torch import Tensor
 
 from counterpoise._core import Loss, Spec, check_number
 from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
-from counterpoise.memory import ClassCounts, ClassStatistics
+from counterpoise.memory import ClassCounts, ClassStatistics, statistics_of
 
 
 def vector_scaling_loss(
@@ -54,12 +54,21 @@ def vector_scaling_loss(
 
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
-    delta, iota = class_scaling(class_counts, gamma, tau)
+    check_number("gamma", gamma, 0)
+    check_number("tau", tau, 0)
+    statistics = statistics_of(class_counts)
+    additive = multiplicative = None
+    if tau > 0:
+        additive = statistics.derived(("iota", tau), logits, lambda: class_scaling(statistics, 0.0, tau)[1])
+    if gamma > 0:
+        multiplicative = statistics.derived(
+            ("delta", gamma), logits, lambda: 1 / class_scaling(statistics, gamma, 0.0)[0]
+        )
     return adjusted_cross_entropy(
         logits,
         target,
-        additive=iota if tau > 0 else None,
-        multiplicative=1 / delta if gamma > 0 else None,
+        additive=additive,
+        multiplicative=multiplicative,
         class_weight=class_weight,
         ignore_index=ignore_index,
         weight=weight,
@@ -75,8 +84,7 @@ def class_scaling(class_counts: ClassCounts | ClassStatistics, gamma: float, tau
     """Delta and iota, each (C,) float64; logits are divided by Delta >= 1 and shifted by iota <= 0."""
     check_number("gamma", gamma, 0)
     check_number("tau", tau, 0)
-    statistics = class_counts if isinstance(class_counts, ClassStatistics) else ClassStatistics(class_counts)
-    prior = statistics.seen_prior()
+    prior = statistics_of(class_counts).seen_prior()
     return (prior.max() / prior) ** gamma, tau * torch.log(prior)
 
 

@@ -6,7 +6,7 @@ State lives in persistent buffers, so that a resumed run goes on exactly, and mo
 
 from counterpoise.memory.bank import MemoryBank
 from counterpoise.memory.class_queue import ClassQueue
-from counterpoise.memory.class_statistics import ClassCounts, ClassStatistics, effective_number_weights
+from counterpoise.memory.class_statistics import ClassCounts, ClassStatistics, effective_number_weights, statistics_of
 from counterpoise.memory.index_bank import IndexBank
 from counterpoise.memory.momentum import MomentumEncoder, follow, momentum_schedule
 
@@ -20,4 +20,5 @@ __all__ = [
     "effective_number_weights",
     "follow",
     "momentum_schedule",
+    "statistics_of",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +68,34 @@ def as_counts(class_counts: ClassCounts) -> Tensor:
     return counts
 
 
+def statistics_of(class_counts: ClassCounts | ClassStatistics) -> ClassStatistics:
+    """The statistics of class counts (C,), or themselves; those of short lists are made once. Not to be changed.
+
+    Raises:
+        ValueError: what :class:`ClassStatistics` refuses.
+    """
+    if isinstance(class_counts, ClassStatistics):
+        return class_counts
+    if torch.compiler.is_compiling() or len(class_counts) > 4096:
+        return ClassStatistics(class_counts)
+    if isinstance(class_counts, Tensor):
+        if not class_counts.is_cpu or class_counts.ndim != 1 or type(class_counts) is not Tensor:
+            return ClassStatistics(class_counts)
+        class_counts = class_counts.tolist()
+    return _statistics_of(tuple(class_counts))
+
+
+@lru_cache(maxsize=32)
+def _statistics_of(class_counts: tuple[int, ...]) -> ClassStatistics:
+    with torch.inference_mode(False):
+        return ClassStatistics(class_counts)
+
+
+def _unchanged(buffer: Tensor, before: Tensor, version: int) -> bool:
+    """Whether a buffer still holds what it held; ``before`` is a copy on the host, elsewhere itself."""
+    return torch.equal(buffer, before) if buffer.is_cpu else buffer is before and buffer._version == version
+
+
 class ClassStatistics(PreciseBuffers):
     """Validated class counts and the prior that training sees: one object for the whole long-tail family.
 
@@ -102,6 +132,7 @@ class ClassStatistics(PreciseBuffers):
         self.register_buffer("counts", counts.cpu().clone())
         smoothed = self.smoothed_counts.double()
         self.register_buffer("prior", smoothed / smoothed.sum())
+        self._derived: dict[Hashable, tuple[Tensor, int, Tensor]] = {}
 
     @property
     def num_classes(self) -> int:
@@ -132,6 +163,34 @@ class ClassStatistics(PreciseBuffers):
         """(C,) float64, see :func:`effective_number_weights`."""
         check_number("beta", beta, 0, 1)
         return _by_effective_number(self.smoothed_counts, beta)
+
+    def derived(
+        self, key: Hashable, like: Tensor, make: Callable[[], Tensor], source: Tensor | None = None
+    ) -> Tensor:
+        """A class vector made from a buffer, on the device of ``like`` in at least float32; made once a state of it.
+
+        Args:
+            key: names the vector and its settings.
+            make: makes it, of any type.
+            source: the buffer, None = the prior.
+        """
+        source = self.prior if source is None else source
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if torch.compiler.is_compiling() or type(source) is not Tensor or torch.is_inference_mode_enabled():
+            return make().to(like.device, dtype)
+        key = (key, dtype, like.device)
+        found = self._derived.get(key)
+        if found is not None and _unchanged(source, *found[:2]):
+            return found[2]
+        with torch.no_grad():
+            vector = make().to(like.device, dtype)
+        # On the host a copy tells whatever wrote to the buffer; elsewhere reading it would stall the device.
+        self._derived[key] = (source.clone() if source.is_cpu else source, source._version, vector)
+        return vector
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be made again."""
+        return {**self.__dict__, "_derived": {}}
 
     def extra_repr(self) -> str:
         """Class count and the range of the counts."""

@@ -5,7 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <optional>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "capability.h"
 
@@ -34,6 +39,19 @@ inline ScalarType computed_type(const Tensor& x) {
 
 inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
+}
+
+// An uninitialised gradient of x, which is contiguous. A large one is fresh memory from the system: in huge pages its first touch costs a
+// hundredth of the page faults, which would take longer than what is computed. Advice only, and only inside the tensor.
+inline Tensor gradient_like(const Tensor& x) {
+  Tensor grad = torch::stable::new_empty(x, x.sizes());
+#if defined(__linux__)
+  constexpr uintptr_t page = uintptr_t(1) << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const auto end = (begin + grad.numel() * grad.element_size()) / page * page, first = (begin + page - 1) / page * page;
+  if (end > first + page) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return grad;
 }
 
 inline const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }

@@ -84,18 +84,60 @@ const T* in_place(const void* x, Type type, int64_t at, int64_t n, T* buffer) {
   });
 }
 
+// Sixteen numbers side by side, where the compiler does not see by itself that a loop of sixteen is one.
+constexpr int64_t lanes = 16;
+
+template <class T>
+struct Wide {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+};
+
+// x[k], x[k + 1], ... in the first places.
+template <int K, class V>
+CP_INLINE void shift_down(V& x) {
+  using Index = decltype(x < x);
+  Index at;
+  for (int64_t i = 0; i < lanes; ++i) at[i] = (i + K) % lanes;
+  x = __builtin_shuffle(x, at);
+}
+
+template <int K, class V, class F>
+CP_INLINE void fold(V& x, const F& join) {
+  V other = x;
+  shift_down<K>(other);
+  join(x, other);
+  if constexpr (K > 1) fold<K / 2>(x, join);
+}
+
 // Sixteen partial sums, added in a fixed order.
 template <class T>
 CP_INLINE T sum(const T* x, int64_t n) {
-  T part[16] = {};
+  typename Wide<T>::type part = {}, next;
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int k = 0; k < 16; ++k) part[k] += x[i + k];
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_memcpy(&next, x + i, sizeof(next));
+    part += next;
+  }
   T total = 0;
   for (; i < n; ++i) total += x[i];
-  for (int k = 8; k > 0; k /= 2)
-    for (int j = 0; j < k; ++j) part[j] += part[j + k];
+  fold<lanes / 2>(part, [](auto& a, const auto& b) { a += b; });
   return total + part[0];
+}
+
+// The largest; NaN is passed over.
+template <class T>
+CP_INLINE T largest(const T* x, int64_t n) {
+  typename Wide<T>::type part = {}, next;
+  part -= math::infinity<T>;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    __builtin_memcpy(&next, x + i, sizeof(next));
+    part = next > part ? next : part;
+  }
+  T most = -math::infinity<T>;
+  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+  fold<lanes / 2>(part, [](auto& a, const auto& b) { a = b > a ? b : a; });
+  return part[0] > most ? part[0] : most;
 }
 
 }  // namespace counterpoise::CP_ARCH
