@@ -139,14 +139,13 @@ _KNOWN = {
     same_class: pairwise.SAME_CLASS,
     positive_or_bank: pairwise.POSITIVE_OR_BANK,
 }
-_SMALL = 2**18  # pairs whose matrix is as good as a tile
 
 
 def _streams(q: Tensor, k: Tensor, rules: _Rules) -> bool:
     """Whether the kernels know the rules, and there are more pairs than a matrix holds as well."""
     known = rules.candidate in _KNOWN and (isinstance(rules.positive, Tensor) or rules.positive in _KNOWN)
     learned = rules.weights is not None and rules.weights.requires_grad
-    return known and not learned and len(q) * len(k) > _SMALL and pairwise.serves(q, k)
+    return known and not learned and len(q) * len(k) > pairwise.SMALL and pairwise.serves(q, k)
 
 
 def _streamed(

@@ -27,6 +27,7 @@ from counterpoise.kernels._library import LIBRARY, define, runs_on, transformed
 
 EVERY, NOT_SELF, SAME_LABEL, SAME_CLASS, POSITIVE_OR_BANK, NONE = range(6)
 TILES = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows, columns: on the CPU of a size that the second cache holds
+SMALL = 2**18  # pairs whose matrix is as good as a tile
 _FEW = 4  # positives a row by index whose keys are read one by one
 _UNSIGNED = 2**31 - 1
 
@@ -191,13 +192,34 @@ def softmax_mean(
     return mean, log_sum
 
 
-def mean_keys(q: Tensor, k: Tensor, rules: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Without gradient: mean key under the softmax (N, d), mean product and log-sum-exp (N,)."""
-    state = _forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=True)
+def softmax_sums(
+    q: Tensor, k: Tensor, rules: Pairs, *, mean_key: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean product under the softmax (N,), log-sum-exp (N,) and, if asked, mean key (N, d); without gradient."""
+    state = _forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=mean_key)
     total = torch.where(state.total == 0, 1, state.total)
-    assert state.mean_key is not None
     assert state.dot is not None
-    return state.mean_key / total[:, None], state.dot / total, _log_sum(state)
+    return state.dot / total, _log_sum(state), None if state.mean_key is None else state.mean_key / total[:, None]
+
+
+def clamped_sums(q: Tensor, k: Tensor, rules: Pairs, log_sum: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (N, d) summed under min(1, height * share), and the sums of these (N,); without gradient.
+
+    Args:
+        log_sum: (N,), of :func:`softmax_sums`; shares are exp(logit - log_sum).
+        height: (N,).
+    """
+    queries, keys = q.detach().contiguous(), k.detach().contiguous()
+    safe = torch.where(log_sum == -math.inf, 0, log_sum)
+    keys_sum, mass = torch.zeros_like(queries), torch.zeros_like(safe)
+    with torch.no_grad(), without_autocast(q):
+        for tile, down, across in _tiles(queries, keys):
+            place = tile, down.start, across.start, *rules.arguments()
+            _ops.pairwise_slopes(*place, safe, height.contiguous(), None, None, 0, None, False, False)
+            tile.clamp_max_(1)
+            keys_sum[down].addmm_(tile, keys[across])
+            mass[down] += tile.sum(1)
+    return keys_sum, mass
 
 
 def sigmoid_sums(q: Tensor, k: Tensor, bias: Tensor, rules: Pairs, plain: Callable[..., Tensor]) -> Tensor:
