@@ -28,8 +28,8 @@ Three releases, three losses that are not interchangeable; ``mode`` chooses.
 :math:`\frac{\beta}{t^-} \log \sum_n e^{-t^- c}` with the positive among the n, whose gradient is that of the Euclidean
 form with its weights held fixed: :math:`1 / t^-` times a cross-entropy.
 
-Compiled kernels hold one tile of the negatives' costs at a time (:mod:`counterpoise.kernels.pairwise`), but for "rbf" in
-the batch; plain PyTorch, and what ``torch.compile`` traces, takes rows in tiles.
+Compiled kernels hold one tile of the negatives' costs at a time (:mod:`counterpoise.kernels.pairwise`), but for "rbf"
+in the batch; plain PyTorch, and what ``torch.compile`` traces, takes rows in tiles.
 
 Several ranks: local rows against the rows of all ranks, gathered with gradient.
 

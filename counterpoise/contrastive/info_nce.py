@@ -132,7 +132,7 @@ class _Rules(NamedTuple):
         )
 
 
-_KNOWN = {
+_KNOWN: dict[Rule | None, int] = {
     None: pairwise.EVERY,
     not_self: pairwise.NOT_SELF,
     same_label: pairwise.SAME_LABEL,
@@ -180,9 +180,7 @@ def _streamed(
         q = k = q / tau**0.5
     else:
         q = q / (tau[:, None] if by_row else tau)  # type: ignore[index]
-    sums = pairwise.masked_sums(
-        q, k, known, lambda q, k: _plain_sums(q, k, *_evaluated(q, rules)), mirrored=mirrored
-    )
+    sums = pairwise.masked_sums(q, k, known, lambda q, k: _plain_sums(q, k, *_evaluated(q, rules)), mirrored=mirrored)
     mass = sums.mass
     if index is not None:
         mass = torch.full_like(mass, index.shape[1]) if alive is None else alive.sum(1)
@@ -223,9 +221,7 @@ def _log_probabilities(lse: Tensor, similarity: Tensor, mass: Tensor) -> tuple[T
     return lse, torch.where(valid, mean - torch.where(valid, lse, 0), 0), valid
 
 
-def _evaluated(
-    q: Tensor, rules: _Rules
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def _evaluated(q: Tensor, rules: _Rules) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Of a tile of rows: positives and, by index, where; candidates, the row itself, log weights."""
     if isinstance(rules.positive, Tensor):
         index, t = rules.positive, torch.ones_like(rules.positive, dtype=torch.bool)

@@ -9,8 +9,8 @@ bias are learned, from s = 10 and b = -10: nearly all pairs are negatives, and t
 
 Compiled kernels hold one tile of logits at a time (:mod:`counterpoise.kernels.pairwise`); in plain PyTorch, and in what
 ``torch.compile`` traces, the rows are taken in tiles beyond ``tile_elements`` logits. Both recompute them in the
-backward pass. Several ranks: local rows against the other modality of all ranks, that is one block with positives and blocks without
-(``negative_only``), as the released code computes it, in whatever order it exchanges them.
+backward pass. Several ranks: local rows against the other modality of all ranks, that is one block with positives and
+blocks without (``negative_only``), as the released code computes it, in whatever order it exchanges them.
 
 Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, algorithm 1.
 """

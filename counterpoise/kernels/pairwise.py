@@ -14,6 +14,7 @@ Results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,9 +41,7 @@ define(
     f"pairwise_rows({_WRITTEN}, Tensor(b!) top, Tensor(c!) total, Tensor(d!)? dot, Tensor(e!)? similarity, "
     "Tensor(f!)? mass, Tensor(g!)? mean_key, bool keep) -> ()"
 )
-define(
-    f"pairwise_both({_READ}, Tensor top, Tensor(b!) total, Tensor(c!) similarity, Tensor(d!)? mass) -> ()"
-)
+define(f"pairwise_both({_READ}, Tensor top, Tensor(b!) total, Tensor(c!) similarity, Tensor(d!)? mass) -> ()")
 define(
     f"pairwise_slopes({_WRITTEN}, Tensor log_sum, Tensor slope, Tensor? bend, Tensor? middle, int fixed, "
     "Tensor? pull, bool mirrored, bool bounded) -> ()"
@@ -192,9 +191,7 @@ def softmax_mean(
     return mean, log_sum
 
 
-def softmax_sums(
-    q: Tensor, k: Tensor, rules: Pairs, *, mean_key: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def softmax_sums(q: Tensor, k: Tensor, rules: Pairs, *, mean_key: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean product under the softmax (N,), log-sum-exp (N,) and, if asked, mean key (N, d); without gradient."""
     state = _forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=mean_key)
     total = torch.where(state.total == 0, 1, state.total)
@@ -266,7 +263,7 @@ def _tiles(q: Tensor, k: Tensor, *, half: bool = False) -> Iterator[tuple[Tensor
         down = slice(i, min(i + rows, len(q)))
         edges = [*range(down.stop if half else 0, len(k), columns), len(k)]
         spans = [(i, down.stop)] if half else []
-        spans += list(zip(edges, edges[1:], strict=False))
+        spans += list(itertools.pairwise(edges))
         for left, right in spans:
             if left == right:
                 continue
@@ -455,9 +452,7 @@ class _Sigmoid(torch.autograd.Function):
     """:func:`sigmoid_sums`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, bias: Tensor, rules: Pairs, plain: Callable[..., Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, bias: Tensor, rules: Pairs, plain: Callable[..., Tensor]) -> Tensor:
         ctx.rules, ctx.plain = rules, plain
         ctx.save_for_backward(q, k, bias)
         sums = q.new_zeros(len(q))
