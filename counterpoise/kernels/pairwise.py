@@ -168,7 +168,7 @@ def masked_sums(q: Tensor, k: Tensor, rules: Pairs, plain: Plain, *, mirrored: b
         rules: from :func:`pairs`.
         plain: gives log-sum-exp and similarity.
         mirrored: q is k, and rules are the same in both directions: no log weight, no candidate by POSITIVE_OR_BANK,
-            ``itself`` None or the rows' own numbers.
+            on the CPU ``itself`` None or the rows' own numbers.
     """
     return Sums(*_Masked.apply(*_as_asked(q, k), rules, mirrored, plain))
 

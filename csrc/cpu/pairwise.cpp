@@ -1,63 +1,27 @@
 // Operators of the pairwise family; the schemas stand in counterpoise/kernels/pairwise.py, which makes the products.
-#include "pairwise.h"
+#include "pairwise_problem.h"
 
 #include <algorithm>
 #include <vector>
-
-#include "tensors.h"
 
 namespace counterpoise {
 namespace {
 
 constexpr int64_t small_job = 1 << 14;  // pairs that one thread does faster than several start
 
-void* place_of(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
-
-// Ids are (2, N) int32, rows above labels; everything is contiguous and of the products' type.
-PairwiseTile tile_of(const Tensor& products, int64_t row, int64_t column, int64_t positive, int64_t candidate,
-                     const std::optional<Tensor>& query_ids, const std::optional<Tensor>& key_ids,
-                     const std::optional<Tensor>& index, const std::optional<Tensor>& probability,
-                     const std::optional<Tensor>& itself, const std::optional<Tensor>& log_weight, double sharpness) {
-  STD_TORCH_CHECK(products.size(1) <= pairwise_widest, "a tile has more columns than ", pairwise_widest);
-  for (const auto* ids : {&query_ids, &key_ids})
-    STD_TORCH_CHECK(!*ids || (*ids)->scalar_type() == ScalarType::Int, "ids are not int32");
-  const auto* q = static_cast<const int32_t*>(data_of(query_ids));
-  const auto* k = static_cast<const int32_t*>(data_of(key_ids));
-  return {products.mutable_data_ptr(),
-          computed_type(products) == ScalarType::Double,
-          products.size(0),
-          products.size(1),
-          row,
-          column,
-          static_cast<int>(positive),
-          static_cast<int>(candidate),
-          q,
-          query_ids ? q + query_ids->size(1) : nullptr,
-          k,
-          key_ids ? k + key_ids->size(1) : nullptr,
-          static_cast<const int64_t*>(data_of(index)),
-          data_of(probability),
-          index ? index->size(1) : 0,
-          static_cast<const int64_t*>(data_of(itself)),
-          data_of(log_weight),
-          sharpness};
+PairwiseTile narrow_enough(const PairwiseTile& p) {
+  STD_TORCH_CHECK(p.columns <= pairwise_widest, "a tile has more columns than ", pairwise_widest);
+  return p;
 }
 
-#define CP_TILE                                                                                                    \
-  const Tensor &products, int64_t row, int64_t column, int64_t positive, int64_t candidate,                        \
-      std::optional<Tensor> query_ids, std::optional<Tensor> key_ids, std::optional<Tensor> index,                 \
-      std::optional<Tensor> probability, std::optional<Tensor> itself, std::optional<Tensor> log_weight,           \
-      double sharpness
-#define CP_TILE_PROBLEM                                                                                            \
-  tile_of(products, row, column, positive, candidate, query_ids, key_ids, index, probability, itself, log_weight,  \
-          sharpness)
+#define CP_TILE_PROBLEM narrow_enough(CP_PAIRWISE_TILE(int32_t))
 
 template <class F>
 void for_rows(const PairwiseTile& p, const F& f) {
   parallel(p.rows, std::max<int64_t>(1, small_job / std::max<int64_t>(1, p.columns)), f);
 }
 
-void pairwise_rows(CP_TILE, const Tensor& top, const Tensor& total, std::optional<Tensor> dot,
+void pairwise_rows(CP_PAIRWISE_SETTINGS, const Tensor& top, const Tensor& total, std::optional<Tensor> dot,
                    std::optional<Tensor> similarity, std::optional<Tensor> mass, std::optional<Tensor> mean_key,
                    bool keep) {
   const PairwiseTile p = CP_TILE_PROBLEM;
@@ -87,7 +51,7 @@ void both_directions(const PairwiseTile& p, const PairwiseSums& sums) {
     }
 }
 
-void pairwise_both(CP_TILE, const Tensor& top, const Tensor& total, const Tensor& similarity,
+void pairwise_both(CP_PAIRWISE_SETTINGS, const Tensor& top, const Tensor& total, const Tensor& similarity,
                    std::optional<Tensor> mass) {
   const PairwiseTile p = CP_TILE_PROBLEM;
   STD_TORCH_CHECK(row + p.rows <= column, "a tile that is summed in both directions lies on the diagonal");
@@ -96,7 +60,7 @@ void pairwise_both(CP_TILE, const Tensor& top, const Tensor& total, const Tensor
   p.in_double ? both_directions<double>(p, sums) : both_directions<float>(p, sums);
 }
 
-void pairwise_slopes(CP_TILE, const Tensor& log_sum, const Tensor& slope, std::optional<Tensor> bend,
+void pairwise_slopes(CP_PAIRWISE_SETTINGS, const Tensor& log_sum, const Tensor& slope, std::optional<Tensor> bend,
                      std::optional<Tensor> middle, int64_t fixed, std::optional<Tensor> pull, bool mirrored,
                      bool bounded) {
   const PairwiseTile p = CP_TILE_PROBLEM;
@@ -106,14 +70,14 @@ void pairwise_slopes(CP_TILE, const Tensor& log_sum, const Tensor& slope, std::o
   if (mirrored && pull && index) CP_BEST(pairwise_table).pull_back(p, slopes);
 }
 
-void pairwise_sigmoid(CP_TILE, const Tensor& bias, const Tensor& sums) {
+void pairwise_sigmoid(CP_PAIRWISE_SETTINGS, const Tensor& bias, const Tensor& sums) {
   const PairwiseTile p = CP_TILE_PROBLEM;
   for_rows(p, [&](int64_t b, int64_t e) {
     CP_BEST(pairwise_table).sigmoid(p, bias.const_data_ptr(), sums.mutable_data_ptr(), b, e);
   });
 }
 
-void pairwise_sigmoid_slopes(CP_TILE, const Tensor& bias, const Tensor& upstream, const Tensor& sums) {
+void pairwise_sigmoid_slopes(CP_PAIRWISE_SETTINGS, const Tensor& bias, const Tensor& upstream, const Tensor& sums) {
   const PairwiseTile p = CP_TILE_PROBLEM;
   for_rows(p, [&](int64_t b, int64_t e) {
     CP_BEST(pairwise_table).sigmoid_slopes(p, bias.const_data_ptr(), upstream.const_data_ptr(),

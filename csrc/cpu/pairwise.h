@@ -9,14 +9,15 @@ constexpr int64_t pairwise_widest = 4096;  // columns of a tile, at most
 constexpr int64_t pairwise_strip = 256;    // columns whose sums are held together where both directions are summed
 
 // Products of the queries [first_row, first_row + rows) and the keys [first_column, ...); float or double throughout.
-// A logit is `sharpness` times the product plus the key's log weight.
-struct PairwiseTile {
+// A logit is `sharpness` times the product plus the key's log weight. Ids are int32 on the host, int64 on a device.
+template <class Id>
+struct PairwiseTileOf {
   void* products;  // (rows, columns), contiguous
   bool in_double;
   int64_t rows, columns, first_row, first_column;
   int positive, candidate;                     // math::PairRule
-  const int32_t *query_row, *query_label;      // of all queries; null where no rule asks
-  const int32_t *key_row, *key_label;          // of all keys
+  const Id *query_row, *query_label;           // of all queries; null where no rule asks
+  const Id *key_row, *key_label;               // of all keys
   const int64_t* index;                        // (N, positives): positives by index, null = by rule
   const void* probability;                     // (N, positives), null = ones
   int64_t positives;
@@ -24,6 +25,7 @@ struct PairwiseTile {
   const void* log_weight;                      // (M), null = zeros
   double sharpness;
 };
+using PairwiseTile = PairwiseTileOf<int32_t>;
 
 // Sums over the candidates of a row, of exp(logit - top): each (N), null where not wanted.
 struct PairwiseSums {
