@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from counterpoise._core import check_choice, check_number, world_size
 from counterpoise.contrastive._views import as_rows
 from counterpoise.distributed import gather_rows
+from counterpoise.kernels import pairwise
 
 TILE_ELEMENTS = 2**24  # at most so many costs are held at a time
 SHARPEST = 1e6  # float32 holds what it is multiplied with
@@ -84,6 +85,15 @@ class Costs(NamedTuple):
             return 1 - product if self.cosine else 2 - 2 * product
         return q.square().sum(1, keepdim=True) + torch.einsum("nbm,bm->nb", weights, k.square().sum(-1)) - 2 * product
 
+    def as_products(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, float, float]:
+        """Rows whose products p (n, M) make the costs, a + b p: both, a and b."""
+        if self.cosine or self.unit:
+            factor = 1.0 if self.cosine else 2.0
+            return q, k, factor, -factor
+        one = torch.ones_like(q[:, :1]), torch.ones_like(k[:, :1])
+        squares = q.square().sum(1, keepdim=True), k.square().sum(1, keepdim=True)
+        return torch.cat([q, squares[0], one[0]], 1), torch.cat([-2 * k, one[1], squares[1]], 1), 0.0, 1.0
+
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         """(V, L, N) costs between the views ``q`` (V, N, d) and ``k`` (L, N, d) of the same examples."""
         products = torch.stack([(view * k).sum(-1) for view in q])
@@ -116,6 +126,59 @@ def log_sum(logits: Tensor, candidate: Tensor) -> Tensor:
     """Log-sum-exp along the last dimension; 0 without candidates."""
     logits, some = _among(logits, candidate, -1)
     return torch.where(some, logits.logsumexp(-1), 0)
+
+
+def mean_cost_in_tiles(
+    costs: Costs,
+    q: Tensor,
+    k: Tensor,
+    sharpness: float,
+    ids: tuple[Tensor, Tensor],
+    usable: Tensor | None,
+    *,
+    fixed: int | None,
+    constant: int,
+) -> Tensor:
+    """(n,): :func:`weighted_mean` of the costs of ``q`` (n, d) and ``k`` (M, d) over usable keys of other ids.
+
+    Args:
+        fixed: the weights of so many first keys carry no gradient; None = none of them does.
+        constant: so many first keys have none themselves.
+    """
+    q, k, constant_cost, factor = costs.as_products(q, k)
+    weights = None if usable is None else torch.where(usable, 0.0, -torch.inf)
+    rules = pairwise.pairs(
+        q,
+        candidate=pairwise.NOT_SELF,
+        query_ids=ids[0][:, None].expand(-1, 2),
+        key_ids=ids[1][:, None].expand(-1, 2),
+        log_weight=weights,
+        sharpness=sharpness * factor,
+    )
+
+    def plain(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        products = q @ k.T
+        straight = products.shape[1] if fixed is None else fixed
+        of_weights = torch.cat([products[:, :straight].detach(), products[:, straight:]], 1)
+        return (weighted_mean(products, of_weights, sharpness * factor, others(*ids, usable)),)
+
+    mean, log_sum = pairwise.softmax_mean(q, k, rules, plain, fixed=fixed, constant=constant)
+    return torch.where(log_sum == -torch.inf, 0, constant_cost + factor * mean)
+
+
+def log_sum_in_tiles(costs: Costs, q: Tensor, k: Tensor, sharpness: float, usable: Tensor | None) -> Tensor:
+    """(n,): :func:`log_sum` of ``sharpness`` times the costs over the usable keys."""
+    q, k, constant_cost, factor = costs.as_products(q, k)
+    weights = None if usable is None else torch.where(usable, 0.0, -torch.inf)
+
+    def plain(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        every = torch.ones_like(k[:, 0], dtype=torch.bool) if usable is None else usable
+        sums = log_sum(sharpness * factor * (q @ k.T), every)
+        return sums, torch.zeros_like(sums)
+
+    rules = pairwise.pairs(q, log_weight=weights, sharpness=sharpness * factor)
+    found = pairwise.masked_sums(q, k, rules, plain).log_sum_exp
+    return torch.where(found == -torch.inf, 0, found + sharpness * constant_cost)
 
 
 def _among(logits: Tensor, candidate: Tensor, dim: int) -> tuple[Tensor, Tensor]:

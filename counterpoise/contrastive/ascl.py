@@ -45,6 +45,7 @@ from counterpoise._core import (
 from counterpoise.contrastive._teacher import as_keys, student_and_teacher
 from counterpoise.contrastive._views import as_rows
 from counterpoise.contrastive.info_nce import info_nce
+from counterpoise.kernels import pairwise
 from counterpoise.memory import MemoryBank
 
 KINDS = ("adaptive", "adaptive_hard", "hard", "normal")
@@ -163,9 +164,8 @@ def ascl_loss(
     banked = bank.keys.to(views, copy=True)  # it may be written to before the backward pass
     wanted = []
     for k in keys:
-        y, _ = soft_neighbors(k, banked, bank.valid, kind, num_neighbors, target_temperature)
-        with without_autocast(k):
-            wanted.append((k + y @ banked) / (1 + y.sum(1, keepdim=True)))
+        near, mass = _near(k, banked, bank.valid, kind, num_neighbors, target_temperature)
+        wanted.append((k + near) / (1 + mass[:, None]))
     losses = []
     for v, q in enumerate(views):
         log_sum = _log_sum(q, banked, bank.valid, tau)
@@ -181,6 +181,32 @@ def ascl_loss(
         normalizer=normalizer,
         sync=sync and world_size() > 1,
     )
+
+
+def _near(
+    keys: Tensor, banked: Tensor, valid: Tensor, kind: str, num_neighbors: int, target_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of the bank's keys under their targets y (N, d), and of these (N,), without gradient."""
+    if kind == "adaptive" and len(keys) * len(banked) > pairwise.SMALL and pairwise.serves(keys, banked):
+        return _near_in_tiles(keys, banked, valid, num_neighbors, target_temperature)
+    y, _ = soft_neighbors(keys, banked, valid, kind, num_neighbors, target_temperature)
+    with without_autocast(keys):
+        return y @ banked, y.sum(1)
+
+
+def _near_in_tiles(
+    keys: Tensor, banked: Tensor, valid: Tensor, num_neighbors: int, target_temperature: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`_near` for "adaptive" without the (N, K) targets. One neighbour's y is c r <= 1 as it is."""
+    rules = pairwise.pairs(keys, log_weight=torch.where(valid, 0.0, -torch.inf), sharpness=1 / target_temperature)
+    one = num_neighbors == 1
+    mean, log_sum, mean_key = pairwise.softmax_sums(keys, banked, rules, mean_key=one)
+    count = valid.sum()
+    most = torch.where(count > 1, count, 2).to(mean.dtype).log()
+    confidence = torch.where(count > 1, 1 - (log_sum - mean / target_temperature) / most, 0).clamp(0, 1)
+    if mean_key is not None:
+        return mean_key * confidence[:, None], torch.where(count > 0, confidence, 0)
+    return pairwise.clamped_sums(keys, banked, rules, log_sum, num_neighbors * confidence)
 
 
 def _log_sum(q: Tensor, banked: Tensor, valid: Tensor, temperature: float | Tensor) -> Tensor:

@@ -28,6 +28,9 @@ Three releases, three losses that are not interchangeable; ``mode`` chooses.
 :math:`\frac{\beta}{t^-} \log \sum_n e^{-t^- c}` with the positive among the n, whose gradient is that of the Euclidean
 form with its weights held fixed: :math:`1 / t^-` times a cross-entropy.
 
+Compiled kernels hold one tile of the negatives' costs at a time (:mod:`counterpoise.kernels.pairwise`), but for "rbf"
+in the batch; plain PyTorch, and what ``torch.compile`` traces, takes rows in tiles.
+
 Several ranks: local rows against the rows of all ranks, gathered with gradient.
 
 Source: Zheng et al., Contrastive Attraction and Contrastive Repulsion for Representation Learning, 2023, and the
@@ -52,6 +55,8 @@ from counterpoise.contrastive._cacr import (
     log_batch_mean,
     log_mean_kernel,
     log_sum,
+    log_sum_in_tiles,
+    mean_cost_in_tiles,
     of_all_ranks,
     others,
     prepare,
@@ -60,6 +65,7 @@ from counterpoise.contrastive._cacr import (
 )
 from counterpoise.contrastive._teacher import as_keys, meeting, student_and_teacher
 from counterpoise.contrastive._views import stack_views
+from counterpoise.kernels import pairwise
 from counterpoise.memory import MemoryBank
 
 
@@ -279,12 +285,15 @@ class _Negatives(NamedTuple):
 def _repulsion(q: Tensor, ids: Tensor, negatives: _Negatives, s: Settings) -> Tensor:
     """(n, B) mean cost of the negatives, negated; for "rbf" the log of a mean or a sum of exp(-cost)."""
     views, keys, _ = negatives.z.shape
+    log_of_sum = s.mode == "cross_view" and s.cost == "rbf"
+    if (log_of_sum or s.cost != "rbf") and len(q) * keys > pairwise.SMALL and pairwise.serves(q, negatives.z):
+        return torch.stack([_repulsion_in_tiles(q, ids, z, negatives, s) for z in negatives.z], 1)
 
     def costs(q: Tensor) -> Tensor:
         return s.costs.between(q, negatives.z.flatten(0, 1)).unflatten(1, (views, keys))
 
     def rows(q: Tensor, ids: Tensor) -> Tensor:
-        if s.mode == "cross_view" and s.cost == "rbf":
+        if log_of_sum:
             every = torch.ones_like(negatives.ids, dtype=torch.bool)
             return log_sum(-s.t_minus * costs(q), every if negatives.usable is None else negatives.usable) / s.t_minus
         candidate = others(ids, negatives.ids, negatives.usable)[:, None]
@@ -301,6 +310,16 @@ def _repulsion(q: Tensor, ids: Tensor, negatives: _Negatives, s: Settings) -> Te
         return -weighted_mean(cost, of_weights, -s.t_minus, candidate)
 
     return in_tiles(rows, q, ids, views * keys)
+
+
+def _repulsion_in_tiles(q: Tensor, ids: Tensor, z: Tensor, negatives: _Negatives, s: Settings) -> Tensor:
+    """(n,): :func:`_repulsion` by the keys ``z`` (M, d) of one view, without the (n, M) costs."""
+    if s.cost == "rbf":
+        return log_sum_in_tiles(s.costs, q, z, -s.t_minus, negatives.usable) / s.t_minus
+    fixed = {"none": None, "intra_batch": negatives.fixed, "full": 0}[s.gradient]
+    return -mean_cost_in_tiles(
+        s.costs, q, z, -s.t_minus, (ids, negatives.ids), negatives.usable, fixed=fixed, constant=negatives.fixed
+    )
 
 
 def _in_batch(x: Examples, s: Settings) -> Tensor:

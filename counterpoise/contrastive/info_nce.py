@@ -4,8 +4,10 @@ r"""The one InfoNCE: queries against keys, with rules for what is positive and w
           s_{ij} = \frac{q_i \cdot k_j}{\tau}
 
 with t the positive rule normalised to sum to one over j, and a_k = exp(key_log_weight_k). Rules are functions of ids,
-so they can be evaluated on a tile of rows: beyond ``tile_elements`` similarities the rows are taken in tiles that are
-recomputed in the backward pass, and memory grows with the tile and not with N * M.
+so they can be evaluated on a tile. Compiled kernels hold one tile of similarities at a time
+(:mod:`counterpoise.kernels.pairwise`) wherever the rules are those of this file and the key weights are not learned.
+Everything else, and what ``torch.compile`` traces, is plain PyTorch: beyond ``tile_elements`` similarities the rows are
+taken in tiles that are recomputed in the backward pass. Either way memory grows with the tile and not with N * M.
 
 Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018, eq. 4; the masked form
 with target distributions is the common one behind NT-Xent, SupCon and soft variants.
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from counterpoise._core import at_least_float32, without_autocast
+from counterpoise.kernels import pairwise
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """(query ids (n, 2), key ids (M, 2)) -> (n, M) bool, or probabilities for a positive rule.
@@ -96,56 +99,148 @@ def info_nce(
     """
     q, k = at_least_float32(queries), at_least_float32(keys)
     tau = temperature.to(q.dtype) if isinstance(temperature, Tensor) else temperature
-    q = q / (tau[:, None] if isinstance(tau, Tensor) and tau.ndim else tau)
-    weights = None if key_log_weight is None else key_log_weight.to(q.dtype)
-    rows = max(1, tile_elements // max(len(k), 1))
-    whole = len(q) <= rows
-    parts = []
-    for start in range(0, max(len(q), 1), rows):
-        tile = slice(start, start + rows)
-        arguments = (
-            q[tile],
-            k,
-            query_ids[tile],
-            key_ids,
-            positive[tile] if isinstance(positive, Tensor) else positive,
-            candidate,
-            None if itself is None else itself[tile],
-            weights,
-            None if extra_logits is None else extra_logits[tile].to(q.dtype),
-        )
-        parts.append(_tile(*arguments) if whole else checkpoint(_tile, *arguments, use_reentrant=False))
-    lse, log_prob, valid = (torch.cat(column) for column in zip(*parts, strict=True))
+    rules = _Rules(
+        query_ids, key_ids, positive, candidate, itself, None if key_log_weight is None else key_log_weight.to(q.dtype)
+    )
+    extra = None if extra_logits is None else extra_logits.to(q.dtype)
+    if _streams(q, k, rules):
+        sums = _streamed(q, k, rules, tau, extra, alone=queries is keys)
+    else:
+        q = q / (tau[:, None] if isinstance(tau, Tensor) and tau.ndim else tau)
+        sums = _in_rows(q, k, rules, extra, max(1, tile_elements // max(len(k), 1)))
+    lse, log_prob, valid = _log_probabilities(*sums)
     loss = torch.where(valid, -log_prob, 0)
     return InfoNCE(loss if row_weight is None else loss * row_weight.to(loss.dtype), lse, log_prob, valid)
 
 
-def _tile(
-    q: Tensor,
-    k: Tensor,
-    query_ids: Tensor,
-    key_ids: Tensor,
-    positive: Rule | Tensor,
-    candidate: Rule | None,
-    itself: Tensor | None,
-    weights: Tensor | None,
-    extra_logits: Tensor | None,
+class _Rules(NamedTuple):
+    """Arguments of :func:`info_nce` that say which pairs count."""
+
+    query_ids: Tensor
+    key_ids: Tensor
+    positive: Rule | Tensor
+    candidate: Rule | None
+    itself: Tensor | None
+    weights: Tensor | None
+
+    def rows(self, tile: slice) -> _Rules:
+        """Those of a tile of rows."""
+        return self._replace(
+            query_ids=self.query_ids[tile],
+            positive=self.positive[tile] if isinstance(self.positive, Tensor) else self.positive,
+            itself=None if self.itself is None else self.itself[tile],
+        )
+
+
+_KNOWN: dict[Rule | None, int] = {
+    None: pairwise.EVERY,
+    not_self: pairwise.NOT_SELF,
+    same_label: pairwise.SAME_LABEL,
+    same_class: pairwise.SAME_CLASS,
+    positive_or_bank: pairwise.POSITIVE_OR_BANK,
+}
+
+
+def _streams(q: Tensor, k: Tensor, rules: _Rules) -> bool:
+    """Whether the kernels know the rules, and there are more pairs than a matrix holds as well."""
+    known = rules.candidate in _KNOWN and (isinstance(rules.positive, Tensor) or rules.positive in _KNOWN)
+    learned = rules.weights is not None and rules.weights.requires_grad
+    return known and not learned and len(q) * len(k) > pairwise.SMALL and pairwise.serves(q, k)
+
+
+def _streamed(
+    q: Tensor, k: Tensor, rules: _Rules, tau: float | Tensor, extra_logits: Tensor | None, *, alone: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, mean log-probability of the positives and validity of a tile of rows, each (n,)."""
-    if isinstance(positive, Tensor):
-        index, t = positive, torch.ones_like(positive, dtype=torch.bool)
+    """Log-sum-exp, similarity to the positives and their mass, in tiles; ``alone``: the queries are the keys."""
+    index = rules.positive if isinstance(rules.positive, Tensor) else None
+    candidate = _KNOWN[rules.candidate]
+    alive = None if rules.weights is None or index is None else (rules.weights != -torch.inf)[index].to(q.dtype)
+    known = pairwise.pairs(
+        q,
+        positive=pairwise.NONE if index is not None else _KNOWN[rules.positive],  # type: ignore[index]
+        candidate=candidate,
+        query_ids=rules.query_ids,
+        key_ids=rules.key_ids,
+        index=index,
+        probability=alive,
+        itself=rules.itself,
+        log_weight=rules.weights,
+    )
+    by_row = isinstance(tau, Tensor) and tau.ndim > 0
+    by_ids = index is None or candidate != pairwise.EVERY
+    mirrored = (
+        alone
+        and not by_row
+        and rules.weights is None
+        and (rules.query_ids is rules.key_ids or not by_ids)
+        and candidate != pairwise.POSITIVE_OR_BANK
+        and (rules.itself is None or _is_range(rules.itself))
+    )
+    if mirrored:  # one tensor on both sides
+        q = k = q / tau**0.5
     else:
-        index, t = None, positive(query_ids, key_ids)
-    t = t if t.dtype == torch.bool else t.to(q.dtype)
-    if weights is not None:
-        alive = weights != -torch.inf if index is None else (weights != -torch.inf)[index]
-        t = t & alive if t.dtype == torch.bool else torch.where(alive, t, 0)
-    candidates = None if candidate is None else candidate(query_ids, key_ids)
-    lse, similarity = _sums(q, k, t, index, candidates, itself, weights, extra_logits)
-    mass = t.sum(1, dtype=q.dtype)
+        q = q / (tau[:, None] if by_row else tau)  # type: ignore[index]
+    sums = pairwise.masked_sums(q, k, known, lambda q, k: _plain_sums(q, k, *_evaluated(q, rules)), mirrored=mirrored)
+    mass = sums.mass
+    if index is not None:
+        mass = torch.full_like(mass, index.shape[1]) if alive is None else alive.sum(1)
+    lse = sums.log_sum_exp
+    return lse if extra_logits is None else _joined(lse, extra_logits), sums.similarity, mass
+
+
+def _is_range(itself: Tensor) -> bool:
+    """Whether rows are numbered in order, where that can be read without stalling; devices take any numbers."""
+    return not itself.is_cpu or torch.equal(itself, torch.arange(len(itself)))
+
+
+def _joined(lse: Tensor, extra_logits: Tensor) -> Tensor:
+    """Log-sum-exp (n,) with further logits (n, K), -inf without any."""
+    logits = torch.cat([lse[:, None], extra_logits], dim=1)
+    some = (logits != -torch.inf).any(1)
+    return torch.where(some, torch.where(some[:, None], logits, 0).logsumexp(1), -torch.inf)
+
+
+def _in_rows(
+    q: Tensor, k: Tensor, rules: _Rules, extra_logits: Tensor | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`_streamed` gives, from whole rows of similarities, so many at a time."""
+    if len(q) <= rows:
+        return _tile(q, k, rules, extra_logits)
+    parts = []
+    for start in range(0, len(q), rows):
+        tile = slice(start, start + rows)
+        extra = None if extra_logits is None else extra_logits[tile]
+        parts.append(checkpoint(_tile, q[tile], k, rules.rows(tile), extra, use_reentrant=False))
+    lse, similarity, mass = (torch.cat(column) for column in zip(*parts, strict=True))
+    return lse, similarity, mass
+
+
+def _log_probabilities(lse: Tensor, similarity: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, mean log-probability of the positives and validity, each (n,)."""
     valid = (mass > 0) & (lse != -torch.inf)  # NaN is a value too
     mean = similarity / torch.where(mass > 0, mass, 1)
     return lse, torch.where(valid, mean - torch.where(valid, lse, 0), 0), valid
+
+
+def _evaluated(q: Tensor, rules: _Rules) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Of a tile of rows: positives and, by index, where; candidates, the row itself, log weights."""
+    if isinstance(rules.positive, Tensor):
+        index, t = rules.positive, torch.ones_like(rules.positive, dtype=torch.bool)
+    else:
+        index, t = None, rules.positive(rules.query_ids, rules.key_ids)
+    t = t if t.dtype == torch.bool else t.to(q.dtype)
+    if rules.weights is not None:
+        alive = rules.weights != -torch.inf if index is None else (rules.weights != -torch.inf)[index]
+        t = t & alive if t.dtype == torch.bool else torch.where(alive, t, 0)
+    candidates = None if rules.candidate is None else rules.candidate(rules.query_ids, rules.key_ids)
+    return t, index, candidates, rules.itself, rules.weights
+
+
+def _tile(q: Tensor, k: Tensor, rules: _Rules, extra_logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, similarity to the positives and their mass of a tile of rows, each (n,)."""
+    t, *terms = _evaluated(q, rules)
+    lse, similarity = _sums(q, k, t, *terms, extra_logits)
+    return lse, similarity, t.sum(1, dtype=q.dtype)
 
 
 def _sums(q: Tensor, k: Tensor, t: Tensor, *terms: Tensor | None) -> tuple[Tensor, Tensor]:

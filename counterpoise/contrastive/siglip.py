@@ -7,9 +7,10 @@ with z of one modality, u of the other, and the mean over i: a sum over the pair
 couples the pairs, so the batch may be split in any way. With labels all pairs of one class are positives. Scale and
 bias are learned, from s = 10 and b = -10: nearly all pairs are negatives, and the bias says so from the start.
 
-Beyond ``tile_elements`` logits the rows are taken in tiles that are recomputed in the backward pass. Several ranks:
-local rows against the other modality of all ranks, that is one block with positives and blocks without
-(``negative_only``), as the released code computes it, in whatever order it exchanges them.
+Compiled kernels hold one tile of logits at a time (:mod:`counterpoise.kernels.pairwise`); in plain PyTorch, and in what
+``torch.compile`` traces, the rows are taken in tiles beyond ``tile_elements`` logits. Both recompute them in the
+backward pass. Several ranks: local rows against the other modality of all ranks, that is one block with positives and
+blocks without (``negative_only``), as the released code computes it, in whatever order it exchanges them.
 
 Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, algorithm 1.
 """
@@ -27,6 +28,7 @@ from counterpoise._core import Spec, check_number, reduce_losses, without_autoca
 from counterpoise.contrastive._pairs import WithScalars, as_pairs
 from counterpoise.contrastive._views import all_ranks
 from counterpoise.contrastive.info_nce import same_class
+from counterpoise.kernels import pairwise
 
 
 def siglip_loss(
@@ -74,22 +76,64 @@ def siglip_loss(
     columns, column_ids, log_weight = all_ranks(second, sync=sync)
     q, there = scale * first.z, None if log_weight is None else log_weight == 0
     b = bias.to(q.dtype) if isinstance(bias, Tensor) else bias
-    labelled = labels is not None
-    rows = max(1, tile_elements // max(len(columns), 1))
-    losses = []
-    for start in range(0, max(len(q), 1), rows):
-        tile = slice(start, start + rows)
-        of_rows = None if negative_only else first.ids[tile] if labelled else first.itself[tile]
-        arguments = (q[tile], columns, b, there, of_rows, column_ids)
-        losses.append(_tile(*arguments) if len(q) <= rows else checkpoint(_tile, *arguments, use_reentrant=False))
+    ids = None if negative_only else first.itself if labels is None else first.ids
+    if len(q) * len(columns) > pairwise.SMALL and pairwise.serves(q, columns):
+        losses = _streamed(q, columns, b, log_weight, ids, column_ids)
+    else:
+        losses = _in_rows(q, columns, b, there, ids, column_ids, max(1, tile_elements // max(len(columns), 1)))
     return reduce_losses(
-        torch.cat(losses),
+        losses,
         counted=first.counted,
         weight=weight,
         reduction=reduction,
         normalizer=normalizer,
         sync=sync,
     )
+
+
+def _streamed(
+    q: Tensor,
+    columns: Tensor,
+    b: float | Tensor,
+    log_weight: Tensor | None,
+    of_rows: Tensor | None,
+    column_ids: Tensor,
+) -> Tensor:
+    """What :func:`_in_rows` gives, in tiles."""
+    there = None if log_weight is None else log_weight == 0
+    by_index = of_rows is not None and of_rows.ndim == 1
+    rules = pairwise.pairs(
+        q,
+        positive=pairwise.NONE if of_rows is None or by_index else pairwise.SAME_CLASS,
+        query_ids=None if by_index else of_rows,
+        key_ids=column_ids,
+        index=of_rows[:, None] if of_rows is not None and by_index else None,
+        log_weight=log_weight,
+    )
+    bias = b if isinstance(b, Tensor) else q.new_tensor(b)
+    return pairwise.sigmoid_sums(
+        q, columns, bias, rules, lambda q, k, bias: _tile(q, k, bias, there, of_rows, column_ids)
+    )
+
+
+def _in_rows(
+    q: Tensor,
+    columns: Tensor,
+    b: float | Tensor,
+    there: Tensor | None,
+    of_rows: Tensor | None,
+    column_ids: Tensor,
+    rows: int,
+) -> Tensor:
+    """(N,) losses from whole rows of logits, so many at a time."""
+    if len(q) <= rows:
+        return _tile(q, columns, b, there, of_rows, column_ids)
+    losses = []
+    for start in range(0, len(q), rows):
+        tile = slice(start, start + rows)
+        own = None if of_rows is None else of_rows[tile]
+        losses.append(checkpoint(_tile, q[tile], columns, b, there, own, column_ids, use_reentrant=False))
+    return torch.cat(losses)
 
 
 def _tile(
