@@ -140,6 +140,13 @@ def page(found: Found) -> list[str]:
             for method, label in {**{m: label for m, (label, _) in METHODS.items()}, **REFERENCES}.items()
         }
         lines += [f"## {title}", "", *table("objective", rows, list(columns.values())), "", *verdict(found, name)]
+    lines += prose(
+        """Where a claimed edge does not show: CACR weighs several positives against one another, and with two views an
+        anchor has one, so that its weights of attraction decide nothing here and only its repulsion differs from
+        NT-Xent. ASCL's soft neighbours gain by the votes of neighbours, and lose by the linear probe, in every state.
+        Barlow Twins was made for embeddings of thousands of features, not of 64; its embeddings and those of W-MSE use
+        the fewest directions (an effective rank of 29)."""
+    )
     return lines + prose(
         """The last two rows of a table are no methods: they say what the judges make of features that nothing was
         trained for. Twelve epochs of a small encoder are far from where these objectives end; the table compares them

@@ -98,6 +98,8 @@ def long_tables() -> str:
             sources.append([name, spec.source])
             exempt += [[name, promise, reason] for promise, reason in spec.exemptions.items()]
         header = ["part", "task", "needs", "ranks", "status", "config"]
+        if not rows:
+            continue  # functions alone, which have a table of their own
         blocks.append(f"## {title}\n\n{table(header, rows)}")
     of_files = [[f"`{room}.{name}`", source] for room in ROOMS for name, source in functions(room)]
     blocks.append(f"## Functions\n\n{table(['function', 'source'], of_files)}")
