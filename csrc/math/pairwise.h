@@ -37,7 +37,7 @@ CP_INLINE LogSigmoid<T> log_sigmoid(T z) {
   const T e = exp(-size);
   const T near = T(1) / (1 + e), far = e / (1 + e);
   const T low = z < 0 ? -z : T(0);
-  return {low + log1p_unit(e), z < 0 ? -near : -far};
+  return {low + log1p_unit(e).log, z < 0 ? -near : -far};
 }
 
 }  // namespace counterpoise::math

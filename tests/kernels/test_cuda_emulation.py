@@ -139,7 +139,7 @@ def emulated(
     computed = torch.float64 if z.dtype == torch.float64 else torch.float32
     names = ("kind", "gamma_pos", "gamma_neg", "alpha_pos", "alpha_neg", "margin", "log_eps", "beta", "detach")
     numbers = {
-        **dict(zip(names, loss.arguments(), strict=True)),
+        **dict(zip(names, loss, strict=True)),
         "rows": z.shape[0],
         "row": z.shape[1],
         "mean": mean,
