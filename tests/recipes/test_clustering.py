@@ -401,3 +401,15 @@ def test_a_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_text("no archive")
     with pytest.raises(ValueError, match="cannot be read"):
         embeddings_npz(path=str(tmp_path / "x.npz"))
+
+
+# From the command line
+
+
+def test_an_encoder_of_another_recipe_goes_on_from_the_command_line(tmp_path: Path) -> None:
+    small = ("model=small_cnn", "model.width=4", *QUICK)
+    first = launch(tmp_path, "recipe=self_supervised", "recipe.dim=8", *small)
+    assert first.code == 0, first.err
+    checkpoint = first.runs[0] / "checkpoints" / "last.ckpt"
+    second = launch(tmp_path, "recipe=clustering", f"recipe.encoder_checkpoint={checkpoint}", *small)
+    assert second.code == 0, second.err
