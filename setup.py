@@ -83,6 +83,12 @@ def instruction_sets() -> dict[str, list[str]]:
 class BuildKernels(build_ext):
     """Compiles csrc/ into one plain shared library for each back end."""
 
+    def finalize_options(self) -> None:
+        """In a checkout a build that fails is an error; from a package it leaves the kernels out, with a warning."""
+        super().finalize_options()
+        for extension in self.extensions or []:
+            extension.optional = extension.optional and not self.inplace
+
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: Python's own interface is not used."""
         *folder, name = fullname.split(".")
