@@ -133,7 +133,14 @@ def runs_on(x: Tensor, name: str = "") -> bool:
 
 def transformed(*tensors: Tensor | None) -> bool:
     """Whether one of them stands inside a functorch transform (a batched gradient, say)."""
-    return any(x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    functorch = torch._C._functorch
+    wrapped = functorch.is_functorch_wrapped_tensor
+    return any(x is not None and (wrapped(x) or functorch.is_legacy_batchedtensor(x)) for x in tensors)
+
+
+def in_transform() -> bool:
+    """Whether a functorch transform (vmap, torch.func.grad, a batched gradient) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def differentiable(plain: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Tensor:
