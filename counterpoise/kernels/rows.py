@@ -48,7 +48,10 @@ def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         return False
     if not torch.compiler.is_compiling() and (type(target) is not Tensor or in_transform()):
         return False
-    return not any(x is not None and x.requires_grad for x in others) and target.is_cpu == logits.is_cpu
+    for x in others:
+        if x is not None and x.requires_grad:
+            return False
+    return target.is_cpu == logits.is_cpu
 
 
 def row_loss(

@@ -98,9 +98,9 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     return mask if mask.shape == like.shape else mask.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
-def check_class_vector(name: str, x: Tensor | None, logits: Tensor) -> None:
-    """Raises ValueError unless ``x`` is None or (C,)."""
-    if x is not None and x.shape != logits.shape[1:2]:
+def check_class_vector(name: str, x: Tensor, logits: Tensor) -> None:
+    """Raises ValueError unless ``x`` is (C,)."""
+    if x.shape != logits.shape[1:2]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
 
 
