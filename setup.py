@@ -130,7 +130,7 @@ class BuildKernels(build_ext):
         """Names torch's library without its folder: it is loaded already when ours is."""
         libraries = [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
         if name == "cuda":
-            return ["nvcc", "-shared", "-cudart=shared", *objects, *libraries, "-o", str(target)]
+            return ["nvcc", "-shared", "-cudart=shared", *objects, *libraries, "-ltorch_cuda", "-o", str(target)]
         return [*self.cxx(), "-shared", *objects, *libraries, "-o", str(target)]
 
     def run_tool(self, command: list[str]) -> None:
