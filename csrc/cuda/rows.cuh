@@ -229,7 +229,7 @@ CP_DEVICE computed_t<S> slope_at(const RowInput<S>& p, computed_t<S> u, int64_t 
 }
 
 template <class S>
-__global__ void __launch_bounds__(row_threads)
+__global__ void __launch_bounds__(row_threads, 2)
     rows_gradient(RowInput<S> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
