@@ -44,7 +44,7 @@ struct RowSlopes {
 // log(1 + x) for x >= 0.
 template <class T>
 CP_INLINE T log1p_positive(T x) {
-  return x < 1 ? log1p_unit(x) : log(1 + x);
+  return x < 1 ? log1p_unit(x).log : log(1 + x);
 }
 
 // 0 * inf = 0: a label's weight of zero, or a probability that underflowed, times a logarithm.

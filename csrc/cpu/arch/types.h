@@ -73,6 +73,11 @@ CP_INLINE void load(const S* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(widen(from[i]));
 }
 
+template <class S, class T>
+CP_INLINE void store(const T* from, int64_t n, S* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Narrow<S>::from(from[i]);
+}
+
 // Values [at, at + n) of x as T: where they lie if that is their type, else converted into the buffer.
 template <class T>
 const T* in_place(const void* x, Type type, int64_t at, int64_t n, T* buffer) {
