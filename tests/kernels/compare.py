@@ -23,7 +23,7 @@ def value_and_grad(
     out = loss(leaf)
     if upstream is None:
         upstream = torch.rand(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.5
-    (grad,) = torch.autograd.grad(out, leaf, upstream.to(out.dtype))
+    (grad,) = torch.autograd.grad(out, leaf, upstream.to(out))
     return out.detach(), grad
 
 

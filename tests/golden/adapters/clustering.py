@@ -120,6 +120,7 @@ def sppot(case: Case) -> Outputs:
                 semantic_weight=(weight if weight != effective else effective) / n,
                 decay=weight != effective,
                 safeguard=False,
+                psd_shift=False,
                 momentum=case.param("ema"),
                 epsilon=epsilon,
                 penalty=case.param("lam"),

@@ -1,0 +1,200 @@
+"""On a GPU: fused equals plain, nothing waits for the device, the same twice, inside a captured graph too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from counterpoise import kernels
+from counterpoise.contrastive import ASCLLoss, CACRLoss, CLIPLoss, NTXentLoss, SigLIPLoss, SupConLoss
+from counterpoise.losses import (
+    asymmetric_loss,
+    asymmetric_single_label_loss,
+    balanced_softmax_loss,
+    cross_entropy_loss,
+    ldam_loss,
+    logit_adjusted_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+    softmax_focal_loss,
+)
+from counterpoise.memory import MemoryBank
+from counterpoise.ot import sinkhorn, unbalanced_sinkhorn
+from counterpoise.samplers import k_center_greedy
+from tests.kernels.compare import assert_accurate, assert_exact, assert_within_two_ulp, value_and_grad
+
+pytestmark = pytest.mark.skipif(
+    not any(row["cuda"] for row in kernels.available().values()),
+    reason="no CUDA device, or its kernels are not compiled",
+)
+
+LABELS = {
+    "focal": partial(sigmoid_focal_loss, alpha=0.25),
+    "focal, gamma 0.5": partial(sigmoid_focal_loss, gamma=0.5),
+    "focal*": partial(sigmoid_focal_star_loss, beta=0.3),
+    "asymmetric": asymmetric_loss,
+    "asymmetric, clamped": partial(asymmetric_loss, eps=1e-2, gamma_pos=1.0, margin=0.0),
+}
+
+
+def counts(c: int) -> Tensor:
+    return torch.linspace(500, 5, c).long()
+
+
+CLASSES = {
+    "cross-entropy": lambda z, y, **o: cross_entropy_loss(z, y, **o),
+    "smoothed": lambda z, y, **o: cross_entropy_loss(z, y, label_smoothing=0.1, **o),
+    "logit-adjusted": lambda z, y, **o: logit_adjusted_loss(z, y, class_counts=counts(z.shape[1]).to(z.device), **o),
+    "balanced softmax": lambda z, y, **o: balanced_softmax_loss(
+        z, y, class_counts=counts(z.shape[1]).to(z.device), **o
+    ),
+    "LDAM": lambda z, y, **o: ldam_loss(z / 20, y, class_counts=counts(z.shape[1]).to(z.device), **o),
+    "softmax focal": lambda z, y, **o: softmax_focal_loss(z, y, **o),
+    "asymmetric, one label": lambda z, y, **o: asymmetric_single_label_loss(z, y, **o),
+}
+OPTIONS = [{}, {"reduction": "none"}, {"reduction": "sum"}]
+
+
+def binary_problem(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    z = 5 * torch.randn(shape, generator=g, dtype=torch.float64)
+    return z.cuda(), (torch.rand(shape, generator=g) < 0.3).cuda()
+
+
+def class_problem(n: int, c: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return 5 * torch.randn(n, c, generator=g, dtype=torch.float64).cuda(), torch.randint(c, (n,), generator=g).cuda()
+
+
+def fixed(loss: Callable[..., Tensor], y: Tensor, options: dict[str, object]) -> Callable[[Tensor], Tensor]:
+    return lambda z: loss(z, y, **options)
+
+
+@pytest.mark.parametrize("loss", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("shape", [(1,), (70_001,), (33, 7), (5, 1027), (3, 4, 5), (0, 4)], ids=str)
+def test_losses_of_labels(loss, shape):
+    z, t = binary_problem(shape)
+    mask, weight = torch.arange(len(z), device="cuda") % 3 > 0, torch.linspace(0.5, 2, len(z), device="cuda")
+    for options in [*OPTIONS, {"inner": "none"}, {"mask": mask, "weight": weight}]:
+        assert_exact(fixed(loss, t, options), z)
+        if len(z):
+            assert_accurate(fixed(loss, t, options), z)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_within_two_ulp(fixed(loss, t, {"reduction": "sum", "inner": "sum"}), z, dtype)
+
+
+@pytest.mark.parametrize("loss", CLASSES.values(), ids=CLASSES)
+@pytest.mark.parametrize("shape", [(1, 2), (33, 7), (5, 1027), (64, 10_000), (2, 300_000)], ids=str)
+def test_losses_of_classes(loss, shape):
+    z, y = class_problem(*shape)
+    y[0] = -100
+    weight = torch.linspace(0.5, 2, len(z), device="cuda", dtype=torch.float64)
+    for options in [*OPTIONS, {"weight": weight}]:
+        assert_exact(fixed(loss, y, options), z)
+        assert_accurate(fixed(loss, y, options), z)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_within_two_ulp(fixed(loss, y, {"reduction": "sum"}), z, dtype)
+
+
+def bank() -> MemoryBank:
+    return MemoryBank(300, 16, init="random", generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
+
+
+OBJECTIVES = {
+    "NT-Xent": lambda z, o: NTXentLoss(temperature=0.2)(z, o),
+    "NT-Xent, bank": lambda z, o: NTXentLoss(temperature=0.2)(z, o, bank=bank().to(z.dtype)),
+    "SupCon": lambda z, o: SupConLoss(temperature=0.2)(z, o, labels=torch.arange(len(z), device=z.device) % 9),
+    "ASCL": lambda z, o: ASCLLoss()(z, o.detach(), bank=bank().to(z.dtype)),
+    "CLIP": lambda z, o: CLIPLoss().cuda()(z, o),
+    "SigLIP": lambda z, o: SigLIPLoss().cuda()(z, o),
+    "CACR": lambda z, o: CACRLoss()(z, o),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("n", [33, 700])
+def test_objectives(objective, n):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 16, generator=g, dtype=torch.float64).cuda() for _ in range(2))
+    assert_exact(lambda z: objective(z, b.to(z.dtype)), a)
+    assert_exact(lambda z: objective(a.to(z.dtype), z), b) if objective is not OBJECTIVES["ASCL"] and n == 33 else None
+    ours = value_and_grad(lambda z: objective(z, b.float()), a.float())
+    true = value_and_grad(lambda z: objective(z, b), a)
+    for x, y in zip(ours, true, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [*LABELS, *CLASSES])
+def test_nothing_waits_for_the_device_and_runs_repeat(name):
+    loss = (LABELS | CLASSES)[name]
+    z, y = (binary_problem if name in LABELS else lambda shape: class_problem(*shape))((300, 1000))
+    z = z.float()
+    expected = value_and_grad(fixed(loss, y, {}), z, torch.ones((), device="cuda"))
+    torch.cuda.synchronize()
+    upstream, leaf = torch.ones((), device="cuda"), z.clone().requires_grad_()
+    if name not in ("logit-adjusted", "balanced softmax", "LDAM"):  # as functions these move counts to the device
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        value = loss(leaf, y)
+        (grad,) = torch.autograd.grad(value, leaf, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(value.detach(), expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+def test_graph_capture():
+    z, t = binary_problem((64, 100))
+    z = z.float().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            torch.autograd.grad(sigmoid_focal_loss(z, t), z)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(sigmoid_focal_loss(z, t), z)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(grad, torch.autograd.grad(sigmoid_focal_loss(z, t), z)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (700, 100), (64, 3000)], ids=str)
+def test_transport(shape):
+    g = torch.Generator().manual_seed(0)
+    cost = torch.rand(shape, generator=g, dtype=torch.float64).cuda()
+    for solve in (
+        partial(sinkhorn, epsilon=0.05, max_iterations=200),
+        partial(unbalanced_sinkhorn, epsilon=0.05, penalty_b=1.0, max_iterations=200),
+    ):
+        fused = solve(cost)
+        with kernels.disabled():
+            plain = solve(cost)
+        torch.testing.assert_close(fused.plan, plain.plan, rtol=1e-6, atol=1e-10)
+
+
+def test_k_center():
+    x = torch.randn(5000, 24, generator=torch.Generator().manual_seed(0)).cuda()
+    fused = k_center_greedy(x, 60, first=0)
+    with kernels.disabled():
+        plain = k_center_greedy(x, 60, first=0)
+    assert torch.equal(fused.indices, plain.indices)
+
+
+def test_second_derivatives():
+    z, t = binary_problem((4, 5))
+    assert torch.autograd.gradgradcheck(lambda x: sigmoid_focal_loss(x, t), z.requires_grad_())
+    z, y = class_problem(4, 5)
+    assert torch.autograd.gradgradcheck(lambda x: cross_entropy_loss(x, y), z.requires_grad_())
+
+
+def test_compiles():
+    z, t = binary_problem((64, 100))
+    traced = torch.compile(sigmoid_focal_loss, fullgraph=True)
+    ours, theirs = (value_and_grad(lambda x, f=f: f(x, t), z.float()) for f in (traced, sigmoid_focal_loss))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
