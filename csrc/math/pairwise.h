@@ -35,9 +35,9 @@ template <class T>
 CP_INLINE LogSigmoid<T> log_sigmoid(T z) {
   const T size = z < 0 ? -z : z;
   const T e = exp(-size);
-  const auto [tail, near] = log1p_unit(e);
-  const T far = e * near, low = z < 0 ? -z : T(0);
-  return {low + tail, z < 0 ? -near : -far};
+  const T near = T(1) / (1 + e), far = e / (1 + e);
+  const T low = z < 0 ? -z : T(0);
+  return {low + log1p_unit(e).log, z < 0 ? -near : -far};
 }
 
 }  // namespace counterpoise::math

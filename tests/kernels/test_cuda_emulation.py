@@ -137,8 +137,9 @@ def emulated(
 ) -> dict[str, Tensor]:
     """What the CUDA kernels make of (N, C) logits; upstream gradients are 0.7 and 0.1, 0.2, ... by row."""
     computed = torch.float64 if z.dtype == torch.float64 else torch.float32
+    names = ("kind", "gamma_pos", "gamma_neg", "alpha_pos", "alpha_neg", "margin", "log_eps", "beta", "detach")
     numbers = {
-        **loss._asdict(),
+        **dict(zip(names, loss, strict=True)),
         "rows": z.shape[0],
         "row": z.shape[1],
         "mean": mean,
