@@ -20,19 +20,23 @@ from counterpoise.kernels._library import LIBRARY, define, differentiable, in_tr
 
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
 NORMALIZERS = ("number", "count", "weight", "positives")  # what the kernel can divide by; the place is its code
-_SETTINGS = (
+_INPUTS = (
     "Tensor logits, Tensor target, Tensor? mask, Tensor? additive, Tensor? multiplicative, Tensor? margin, "
-    "Tensor? class_weight, int kind, float scale, float smoothing, float gamma_pos, float gamma_neg, bool detach, "
-    "int ignore_index"
+    "Tensor? class_weight"
 )
 _STATE = 5  # numbers a row
 
-define(f"rows_each({_SETTINGS}) -> (Tensor, Tensor)")
-define(f"rows_backward({_SETTINGS}, Tensor state, Tensor by_row) -> Tensor")
-define(f"rows_total({_SETTINGS}, Tensor? weight, int normalizer, float number) -> (Tensor, Tensor, Tensor)")
-define(f"rows_total_grad({_SETTINGS}, Tensor? weight, int normalizer, float number) -> (Tensor, Tensor)")
+# Outputs are arguments: allocating them here costs a tenth of what it does behind the stable interface.
+define(f"rows_each({_INPUTS}, float[] settings, Tensor(a!) losses, Tensor(b!) state) -> ()")
+define(f"rows_backward({_INPUTS}, float[] settings, Tensor state, Tensor by_row, Tensor(a!) grad) -> ()")
+define(
+    f"rows_total({_INPUTS}, Tensor? weight, float[] settings, Tensor(a!) value, Tensor(b!)? state, "
+    "Tensor(c!)? factor, Tensor(d!)? grad) -> ()"
+)
 
-_ops = torch.ops.counterpoise
+_each_op = torch.ops.counterpoise.rows_each.default
+_backward_op = torch.ops.counterpoise.rows_backward.default
+_total_op = torch.ops.counterpoise.rows_total.default
 
 
 def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
@@ -93,27 +97,22 @@ def row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
     flat_mask = None if mask is None else _by_entry(mask, y)
-    weights = _vector(class_weight, logits, computed)
-    settings = (
+    weights = None if class_weight is None else _vector(class_weight, logits, computed)
+    inputs = (
         y.contiguous() if y.ndim == 1 else y.reshape(-1),
         flat_mask,
-        _vector(additive, logits, computed),
-        _vector(multiplicative, logits, computed),
-        _vector(margin, logits, computed),
+        None if additive is None else _vector(additive, logits, computed),
+        None if multiplicative is None else _vector(multiplicative, logits, computed),
+        None if margin is None else _vector(margin, logits, computed),
         weights,
-        kind,
-        float(scale),
-        float(smoothing),
-        float(gamma_pos),
-        float(gamma_neg),
-        detach,
-        ignore_index,
     )
+    settings = [kind, scale, smoothing, gamma_pos, gamma_neg, detach, ignore_index]
     try:
         if not (sync or reduction == "none" or logits.ndim > 2):
             w = None if weight is None else weight.to(computed).contiguous()
-            return _total(logits, (*settings, w, *_divisor(kind, reduction, normalizer)), plain, options)
-        losses = _each(logits, settings, plain)
+            settings += _divisor(kind, reduction, normalizer)
+            return _total(logits, (*inputs, w), settings, plain, options)
+        losses = _each(logits, inputs, [*settings, 0, 1.0], plain)
     except RuntimeError as error:
         if "class index" in str(error):
             _call(plain, logits.detach(), options)  # says which index it was
@@ -139,8 +138,8 @@ def row_loss(
     )
 
 
-def _vector(x: Tensor | None, logits: Tensor, computed: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(logits.device, computed).contiguous()
+def _vector(x: Tensor, logits: Tensor, computed: torch.dtype) -> Tensor:
+    return x.to(logits.device, computed).contiguous()
 
 
 def _by_entry(mask: Tensor, y: Tensor) -> Tensor:
@@ -148,7 +147,7 @@ def _by_entry(mask: Tensor, y: Tensor) -> Tensor:
     return (mask if mask.ndim == y.ndim else mask.reshape(-1, *[1] * (y.ndim - 1)).expand(y.shape)).reshape(-1)
 
 
-def _divisor(kind: int, reduction: str, normalizer: str | float) -> tuple[int, float]:
+def _divisor(kind: int, reduction: str, normalizer: str | float) -> tuple[float, float]:
     """The code of what the kernel divides by, and the number if it is one."""
     if reduction == "sum":
         return 0, 1.0
@@ -176,131 +175,145 @@ def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
     return rows.reshape(logits.shape[0], *logits.shape[2:], logits.shape[1]).movedim(-1, 1)
 
 
-def _total(logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
+Inputs = tuple[Tensor | None, ...]
+Options = tuple[Any, ...]
+
+
+def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor], o: Options) -> Tensor:
+    """The reduced loss; inputs are target, mask, the four class vectors and row weights."""
     if torch.compiler.is_compiling():
-        return _TracedTotal.apply(logits, *settings)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _ops.rows_total(logits.contiguous(), *settings)[0]
-    return _Total.apply(logits, (settings, plain, options))
+        return _TracedTotal.apply(logits, settings, *inputs)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Total.apply(logits, inputs, settings, plain, o)
+    return _run_total(logits.contiguous(), inputs, settings)[0]
 
 
-def _each(logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor]) -> Tensor:
+def _each(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor]) -> Tensor:
+    """One loss an entry, flat; inputs are target, mask and the four class vectors."""
     if torch.compiler.is_compiling():
-        return _TracedEach.apply(logits, *settings)
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        return _ops.rows_each(_as_rows(logits), *settings)[0]
-    return _Each.apply(logits, (settings, plain, (None, "none", "none", "count", False)))
+        return _TracedEach.apply(logits, settings, *inputs)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _Each.apply(logits, inputs, settings, plain)
+    return _run_each(_as_rows(logits), inputs, settings)[0]
 
 
-_Call = tuple[tuple[Any, ...], Callable[..., Tensor], tuple[Any, ...]]  # the operator's settings, and the plain form
+def _new(logits: Tensor, *shape: int) -> Tensor:
+    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def _run_total(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, the rows' states, and the factor of each row in the loss."""
+    value, state, factor = _new(z), _new(z, len(z), _STATE), _new(z, len(z))
+    _total_op(z, *inputs, settings, value, state, factor, None)
+    return value, state, factor
+
+
+def _run_each(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor, Tensor]:
+    losses, state = _new(z, len(z)), _new(z, len(z), _STATE)
+    _each_op(z, *inputs, settings, losses, state)
+    return losses, state
+
+
+def _run_backward(z: Tensor, inputs: Inputs, settings: list[float], state: Tensor, by_row: Tensor) -> Tensor:
+    grad = torch.empty_like(z)
+    _backward_op(z, *inputs, settings, state, by_row, grad)
+    return grad
 
 
 class _Total(torch.autograd.Function):
     """The reduced loss of logits (N, C). On the host the first backward pass takes the gradient that came with it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
-        ctx.call, ctx.grad, ctx.kept = call, None, None
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor], options: Options
+    ) -> Tensor:
+        ctx.inputs, ctx.settings, ctx.plain, ctx.options = inputs, settings, plain, options
         ctx.save_for_backward(logits)
+        z = logits.contiguous()
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
         if logits.is_cpu and logits.dtype != torch.float16:
-            value, ctx.grad = _ops.rows_total_grad(logits.contiguous(), *call[0])
+            value, ctx.kept, ctx.grad = _new(z), None, torch.empty_like(z)
+            _total_op(z, *inputs, settings, value, None, None, ctx.grad)
         else:
-            value, *ctx.kept = _ops.rows_total(logits.contiguous(), *call[0])
+            value, *ctx.kept = _run_total(z, inputs, settings)
+            ctx.grad = None
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        settings, plain, options = ctx.call
         again = torch.is_grad_enabled() or in_transform()
         if ctx.grad is not None and not again:
             grad, ctx.grad = ctx.grad, None
             scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None
+            return (grad if scale == 1 else grad.mul_(scale)), None, None, None, None
         (logits,) = ctx.saved_tensors
         if again:
-            return differentiable(lambda z: _call(plain, z, options), logits, upstream), None
+            grad = differentiable(lambda z: _call(ctx.plain, z, ctx.options), logits, upstream)
+            return grad, None, None, None, None
         z = logits.contiguous()
         if ctx.kept is None:  # the graph was retained
-            ctx.kept = _ops.rows_total(z, *settings)[1:]
+            ctx.kept = _run_total(z, ctx.inputs, ctx.settings)[1:]
         state, factor = ctx.kept
-        return _ops.rows_backward(z, *settings[:13], state, factor * upstream), None
+        return _run_backward(z, ctx.inputs[:6], ctx.settings, state, factor * upstream), None, None, None, None
 
 
 class _Each(torch.autograd.Function):
     """One loss an entry, flat, of logits (N, C, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
-        ctx.call = call
-        losses, state = _ops.rows_each(_as_rows(logits), *call[0])
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor]
+    ) -> Tensor:
+        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
+        losses, state = _run_each(_as_rows(logits), inputs, settings)
         ctx.save_for_backward(logits, state)
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        settings, plain, options = ctx.call
         logits, state = ctx.saved_tensors
         if torch.is_grad_enabled() or in_transform():
-            return differentiable(lambda z: _call(plain, z, options).flatten(), logits, upstream), None
-        grad = _ops.rows_backward(_as_rows(logits), *settings, state, upstream.contiguous())
-        return _as_logits(grad, logits), None
+            options = (None, "none", "none", "count", False)
+            flat = differentiable(lambda z: _call(ctx.plain, z, options).flatten(), logits, upstream)
+            return flat, None, None, None
+        grad = _run_backward(_as_rows(logits), ctx.inputs, ctx.settings, state, upstream.contiguous())
+        return _as_logits(grad, logits), None, None, None
 
 
 class _TracedTotal(torch.autograd.Function):
     """What ``torch.compile`` traces: the gradient is made in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *settings: Any) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, settings: list[float], *inputs: Tensor | None) -> Tensor:
         z = logits.contiguous()
-        value, state, factor = _ops.rows_total(z, *settings)
-        ctx.save_for_backward(z, state, factor, *settings[:6])
-        ctx.numbers = settings[6:13]
+        value, state, factor = _run_total(z, inputs, settings)
+        ctx.save_for_backward(z, state, factor, *inputs[:6])
+        ctx.settings = settings
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, state, factor, *inputs = ctx.saved_tensors
-        grad = _ops.rows_backward(z, *inputs, *ctx.numbers, state, factor * upstream)
-        return grad, *[None] * 16
+        grad = _run_backward(z, tuple(inputs), ctx.settings, state, factor * upstream)
+        return grad, *[None] * 8
 
 
 class _TracedEach(torch.autograd.Function):
     """What ``torch.compile`` traces of :class:`_Each`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *settings: Any) -> Tensor:
-        losses, state = _ops.rows_each(_as_rows(logits), *settings)
-        ctx.save_for_backward(logits, state, *settings[:6])
-        ctx.numbers = settings[6:]
+    def forward(ctx: Any, logits: Tensor, settings: list[float], *inputs: Tensor | None) -> Tensor:
+        losses, state = _run_each(_as_rows(logits), inputs, settings)
+        ctx.save_for_backward(logits, state, *inputs)
+        ctx.settings = settings
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, state, *inputs = ctx.saved_tensors
-        grad = _ops.rows_backward(_as_rows(logits), *inputs, *ctx.numbers, state, upstream.contiguous())
-        return _as_logits(grad, logits), *[None] * 13
+        grad = _run_backward(_as_rows(logits), tuple(inputs), ctx.settings, state, upstream.contiguous())
+        return _as_logits(grad, logits), *[None] * 7
 
 
-def _fake(logits: Tensor, *shape: int) -> Tensor:
-    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
-@torch.library.register_fake("counterpoise::rows_each", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return _fake(logits, logits.shape[0]), _fake(logits, logits.shape[0], _STATE)
-
-
-@torch.library.register_fake("counterpoise::rows_total", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return _fake(logits), _fake(logits, logits.shape[0], _STATE), _fake(logits, logits.shape[0])
-
-
-@torch.library.register_fake("counterpoise::rows_total_grad", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return _fake(logits), torch.empty_like(logits)
-
-
-@torch.library.register_fake("counterpoise::rows_backward", lib=LIBRARY)
-def _(logits: Tensor, *_: Any) -> Any:
-    return torch.empty_like(logits)
+for _name in ("rows_each", "rows_backward", "rows_total"):
+    torch.library.register_fake(f"counterpoise::{_name}", lambda *_: None, lib=LIBRARY)

@@ -72,14 +72,6 @@ void grad_into(const BinaryProblem& p, const void* by_row, double scale, bool me
   });
 }
 
-void assign(Tensor& x, double value) {
-  if (x.scalar_type() == ScalarType::Double) {
-    *static_cast<double*>(x.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
-  }
-}
-
 double value_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? *static_cast<const double*>(x.const_data_ptr())
                                                : *static_cast<const float*>(x.const_data_ptr());
@@ -143,7 +135,7 @@ void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tens
                   Tensor value, std::optional<Tensor> divisor, std::optional<Tensor> grad) {
   const BinaryProblem p = binary_problem(logits, target, mask, entry_weight, settings);
   const Total total = total_of(logits, p, weight, settings[MeanInRow] != 0, settings[Divisor],
-                               grad ? grad->mutable_data_ptr() : nullptr);
+                               grad ? untouched(*grad) : nullptr);
   assign(value, total.value);
   if (divisor) assign(*divisor, total.divisor);
 }
@@ -152,14 +144,14 @@ void binary_total_backward(const Tensor& logits, const Tensor& target, std::opti
                            std::optional<Tensor> entry_weight, std::optional<Tensor> weight,
                            std::vector<double> settings, const Tensor& upstream, const Tensor& divisor, Tensor grad) {
   grad_into(binary_problem(logits, target, mask, entry_weight, settings), data_of(weight),
-            value_of(upstream) / value_of(divisor), settings[MeanInRow] != 0, grad.mutable_data_ptr());
+            value_of(upstream) / value_of(divisor), settings[MeanInRow] != 0, untouched(grad));
 }
 
 void binary_rows_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                           std::optional<Tensor> entry_weight, std::vector<double> settings, const Tensor& by_row,
                           Tensor grad) {
   grad_into(binary_problem(logits, target, mask, entry_weight, settings), by_row.const_data_ptr(), 1.0, false,
-            grad.mutable_data_ptr());
+            untouched(grad));
 }
 
 }  // namespace

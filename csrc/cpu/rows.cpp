@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <tuple>
 #include <vector>
 
 #include "../math/rows.h"
@@ -110,37 +109,23 @@ void rows_into(const RowProblem& p, Tensor& losses, Tensor& state) {
     if (row_counts(p, row)) split_row(p, row, l, s);
 }
 
-std::tuple<Tensor, Tensor> rows_each(CP_ROW_SETTINGS) {
+void rows_each(CP_ROW_INPUTS, std::vector<double> settings, Tensor losses, Tensor state) {
   const RowProblem p = CP_ROW_PROBLEM;
   divisor_of(p, nullptr, Divisor::number, 1.0);
-  Tensor losses = empty_as(logits, {p.rows}, computed_type(logits));
-  Tensor state = empty_as(logits, {p.rows, row_state}, computed_type(logits));
   rows_into(p, losses, state);
-  return {losses, state};
 }
 
-Tensor rows_backward(CP_ROW_SETTINGS, const Tensor& state, const Tensor& by_row) {
+void rows_backward(CP_ROW_INPUTS, std::vector<double> settings, const Tensor& state, const Tensor& by_row,
+                   Tensor grad) {
   const RowProblem p = CP_ROW_PROBLEM;
-  Tensor grad = gradient_like(logits);
   const void *s = state.const_data_ptr(), *f = by_row.const_data_ptr();
-  void* g = grad.mutable_data_ptr();
+  void* g = untouched(grad);
   if (splits(p)) {
     const bool as_double = p.logits_type == Type::float64;
     for (int64_t row = 0; row < p.rows; ++row) split_backward(p, row, s, number_at(f, as_double, row), g);
   } else {
     each_block(p, [&](int64_t b, int64_t e) { CP_BEST(row_table).backward(p, b, e, s, f, g); });
   }
-  return grad;
-}
-
-Tensor scalar(const Tensor& like, double value) {
-  Tensor x = empty_as(like, {}, computed_type(like));
-  if (computed_type(like) == ScalarType::Double) {
-    *static_cast<double*>(x.mutable_data_ptr()) = value;
-  } else {
-    *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
-  }
-  return x;
 }
 
 double weighted_total(const RowProblem& p, const void* losses, const void* weight) {
@@ -154,16 +139,9 @@ double weighted_total(const RowProblem& p, const void* losses, const void* weigh
 }
 
 // The total, the states of the rows, and the factor of each in the total.
-std::tuple<Tensor, Tensor, Tensor> rows_total(CP_ROW_SETTINGS, std::optional<Tensor> weight, int64_t normalizer,
-                                              double number) {
-  const RowProblem p = CP_ROW_PROBLEM;
-  const void* w = data_of(weight);
-  const double divisor = divisor_of(p, w, static_cast<Divisor>(normalizer), number);
-  Tensor losses = empty_as(logits, {p.rows}, computed_type(logits));
-  Tensor state = empty_as(logits, {p.rows, row_state}, computed_type(logits));
+double total_and_state(const RowProblem& p, const void* w, double divisor, Tensor& state, Tensor& factor) {
+  Tensor losses = empty_as(factor, {p.rows}, factor.scalar_type());
   rows_into(p, losses, state);
-  const double total = weighted_total(p, losses.const_data_ptr(), w) / divisor;
-  Tensor factor = empty_as(logits, {p.rows}, computed_type(logits));
   const bool as_double = p.logits_type == Type::float64;
   for (int64_t i = 0; i < p.rows; ++i) {
     const double each = (w == nullptr ? 1.0 : number_at(w, as_double, i)) / divisor;
@@ -173,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> rows_total(CP_ROW_SETTINGS, std::optional<Ten
       static_cast<float*>(factor.mutable_data_ptr())[i] = static_cast<float>(each);
     }
   }
-  return {scalar(logits, total), state, factor};
+  return weighted_total(p, losses.const_data_ptr(), w) / divisor;
 }
 
 // Numbers that a thread keeps a row's exponentials in, where the gradient's type is too narrow for them.
@@ -183,13 +161,7 @@ int64_t scratch_size(const RowProblem& p) {
 }
 
 // The total with its gradient.
-std::tuple<Tensor, Tensor> rows_total_grad(CP_ROW_SETTINGS, std::optional<Tensor> weight, int64_t normalizer,
-                                           double number) {
-  const RowProblem p = CP_ROW_PROBLEM;
-  const void* w = data_of(weight);
-  const double divisor = divisor_of(p, w, static_cast<Divisor>(normalizer), number);
-  Tensor grad = gradient_like(logits);
-  void* g = grad.mutable_data_ptr();
+double total_and_gradient(const RowProblem& p, const void* w, double divisor, void* g) {
   std::vector<std::byte> losses(p.rows * (p.logits_type == Type::float64 ? sizeof(double) : sizeof(float)));
   if (splits(p)) {
     const bool as_double = p.logits_type == Type::float64;
@@ -205,7 +177,17 @@ std::tuple<Tensor, Tensor> rows_total_grad(CP_ROW_SETTINGS, std::optional<Tensor
                               scratch.empty() ? nullptr : scratch.data(), g);
     });
   }
-  return {scalar(logits, weighted_total(p, losses.data(), w) / divisor), grad};
+  return weighted_total(p, losses.data(), w) / divisor;
+}
+
+// With `grad` the gradient comes with the total; without it `state` and `factor` serve a backward pass.
+void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double> settings, Tensor value,
+                std::optional<Tensor> state, std::optional<Tensor> factor, std::optional<Tensor> grad) {
+  const RowProblem p = CP_ROW_PROBLEM;
+  const void* w = data_of(weight);
+  const double divisor = divisor_of(p, w, static_cast<Divisor>(static_cast<int>(settings[Normalizer])), settings[Number]);
+  assign(value, grad ? total_and_gradient(p, w, divisor, untouched(*grad))
+                     : total_and_state(p, w, divisor, *state, *factor));
 }
 
 }  // namespace
@@ -214,7 +196,6 @@ STABLE_TORCH_LIBRARY_IMPL(counterpoise, CPU, m) {
   m.impl("rows_backward", TORCH_BOX(&rows_backward));
   m.impl("rows_each", TORCH_BOX(&rows_each));
   m.impl("rows_total", TORCH_BOX(&rows_total));
-  m.impl("rows_total_grad", TORCH_BOX(&rows_total_grad));
 }
 
 }  // namespace counterpoise

@@ -41,20 +41,29 @@ inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> shape, Sc
   return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape), type);
 }
 
-// An uninitialised gradient of x, which is contiguous. A large one is fresh memory from the system: in huge pages its first touch costs a
-// hundredth of the page faults, which would take longer than what is computed. Advice only, and only inside the tensor.
-inline Tensor gradient_like(const Tensor& x) {
-  Tensor grad = torch::stable::new_empty(x, x.sizes());
+// Before a gradient is first written: a large one is fresh memory from the system, and in huge pages its first touch
+// costs a hundredth of the page faults, which would take longer than what is computed. Advice only, and only inside it.
+inline void* untouched(Tensor& grad) {
+  void* data = grad.mutable_data_ptr();
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t(1) << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(grad.mutable_data_ptr());
+  const auto begin = reinterpret_cast<uintptr_t>(data);
   const auto end = (begin + grad.numel() * grad.element_size()) / page * page, first = (begin + page - 1) / page * page;
   if (end > first + page) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
-  return grad;
+  return data;
 }
 
 inline const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+
+// A scalar tensor of the type that is computed in.
+inline void assign(Tensor& x, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
+    *static_cast<double*>(x.mutable_data_ptr()) = value;
+  } else {
+    *static_cast<float*>(x.mutable_data_ptr()) = static_cast<float>(value);
+  }
+}
 
 // f(begin, end) over [0, n) in torch's own thread pool; small jobs stay in the calling thread.
 template <class F>

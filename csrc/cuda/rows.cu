@@ -1,8 +1,6 @@
 // Operators of the row-wise family on a GPU; the schemas stand in counterpoise/kernels/rows.py.
 #include "rows.cuh"
 
-#include <tuple>
-
 #include "../cpu/rows_problem.h"
 #include "device.h"
 
@@ -25,43 +23,42 @@ void forward(const RowProblem& p, Tensor& losses, Tensor& state, void* stream) {
   });
 }
 
-std::tuple<Tensor, Tensor> rows_each(CP_ROW_SETTINGS) {
+void rows_each(CP_ROW_INPUTS, std::vector<double> settings, Tensor losses, Tensor state) {
   const OnDevice device(logits);
-  const RowProblem p = CP_ROW_PROBLEM;
-  Tensor losses = empty_as(logits, {p.rows}, computed_type(logits));
-  Tensor state = empty_as(logits, {p.rows, row_state}, computed_type(logits));
-  forward(p, losses, state, device.stream());
-  return {losses, state};
+  forward(CP_ROW_PROBLEM, losses, state, device.stream());
 }
 
-Tensor rows_backward(CP_ROW_SETTINGS, const Tensor& state, const Tensor& by_row) {
+void rows_backward(CP_ROW_INPUTS, std::vector<double> settings, const Tensor& state, const Tensor& by_row,
+                   Tensor grad) {
   const OnDevice device(logits);
   const RowProblem p = CP_ROW_PROBLEM;
-  Tensor grad = torch::stable::empty_like(logits);
   with_logits_type(p, [&](auto* s) {
     cuda::rows_gradient_on<Stored<decltype(s)>>(p, state.const_data_ptr(), by_row.const_data_ptr(),
                                                 grad.mutable_data_ptr(), device.stream());
   });
-  return grad;
 }
 
-// The total, the states of the rows, and the factor of each in the total. Nothing waits for the device.
-std::tuple<Tensor, Tensor, Tensor> rows_total(CP_ROW_SETTINGS, std::optional<Tensor> weight, int64_t normalizer,
-                                              double number) {
+// The total, the states of the rows, and the factor of each in the total; the gradient too, where it is asked for.
+// Nothing waits for the device.
+void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double> settings, Tensor value,
+                std::optional<Tensor> state, std::optional<Tensor> factor, std::optional<Tensor> grad) {
   const OnDevice device(logits);
   const RowProblem p = CP_ROW_PROBLEM;
-  Tensor losses = empty_as(logits, {p.rows}, computed_type(logits));
-  Tensor state = empty_as(logits, {p.rows, row_state}, computed_type(logits));
-  forward(p, losses, state, device.stream());
+  const ScalarType type = computed_type(logits);
+  Tensor losses = empty_as(logits, {p.rows}, type);
+  Tensor states = state ? *state : empty_as(logits, {p.rows, row_state}, type);
+  Tensor factors = factor ? *factor : empty_as(logits, {p.rows}, type);
+  forward(p, losses, states, device.stream());
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
-  Tensor total = empty_as(logits, {}, computed_type(logits));
-  Tensor factor = empty_as(logits, {p.rows}, computed_type(logits));
   with_logits_type(p, [&](auto* s) {
-    cuda::rows_total_on<Stored<decltype(s)>>(p, losses.const_data_ptr(), data_of(weight), static_cast<int>(normalizer),
-                                             number, partials.mutable_data_ptr(), total.mutable_data_ptr(),
-                                             factor.mutable_data_ptr(), device.stream());
+    using S = Stored<decltype(s)>;
+    cuda::rows_total_on<S>(p, losses.const_data_ptr(), data_of(weight), static_cast<int>(settings[Normalizer]),
+                           settings[Number], partials.mutable_data_ptr(), value.mutable_data_ptr(),
+                           factors.mutable_data_ptr(), device.stream());
+    if (grad)
+      cuda::rows_gradient_on<S>(p, states.const_data_ptr(), factors.const_data_ptr(), grad->mutable_data_ptr(),
+                                device.stream());
   });
-  return {total, state, factor};
 }
 
 }  // namespace
