@@ -120,7 +120,17 @@ def _power_of_few(found: Found) -> list[str]:
         "",
         f"Learning weights on everything takes {statistics.median(ratio):.1f} times as long (median of the states). "
         + _which_weights_win(found),
+        "",
+        *prose(WHY),
     ]
+
+
+WHY = """Why its advantage does not show. Time: learning weights on a tenth takes a quarter of the time (0.4 s of CPU
+against 1.6 s), but the proxy that gives the features takes 2 s either way. Accuracy: a weight is a function
+of the loss, which can leave out wrong labels, and here are none; after five epochs the weights of all
+states lie between 0.51 and 0.58 on the coreset and between 0.56 and 0.86 on everything, and each propagated
+set is worth 99.8 % of its examples or more, as good as equal. Of the three rarest classes the coreset holds
+one image each."""
 
 
 def _which_weights_win(found: Found) -> str:

@@ -8,9 +8,9 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 instruction set.
 """
 
-from counterpoise.kernels import binary, pairwise, rows
+from counterpoise.kernels import binary, pairwise, rows, transport
 from counterpoise.kernels._library import available, cpu_capability, disabled, load, runs_on
 
-__all__ = ["available", "binary", "cpu_capability", "disabled", "pairwise", "rows", "runs_on"]
+__all__ = ["available", "binary", "cpu_capability", "disabled", "pairwise", "rows", "runs_on", "transport"]
 
 load()

@@ -35,7 +35,6 @@ define(f"rows_total_grad({_SETTINGS}, Tensor? weight, int normalizer, float numb
 _ops = torch.ops.counterpoise
 
 
-
 def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
     """Whether the fused path may run: there are kernels, and class indices; nothing but ``logits`` has a slope.
 
@@ -48,7 +47,10 @@ def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         return False
     if not torch.compiler.is_compiling() and (type(target) is not Tensor or in_transform()):
         return False
-    return not any(x is not None and x.requires_grad for x in others) and target.is_cpu == logits.is_cpu
+    for x in others:
+        if x is not None and x.requires_grad:
+            return False
+    return target.is_cpu == logits.is_cpu
 
 
 def row_loss(
@@ -90,13 +92,15 @@ def row_loss(
         return _call(plain, logits, options)
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
+    flat_mask = None if mask is None else _by_entry(mask, y)
+    weights = _vector(class_weight, logits, computed)
     settings = (
         y.contiguous() if y.ndim == 1 else y.reshape(-1),
-        None if mask is None else _by_entry(mask, y),
+        flat_mask,
         _vector(additive, logits, computed),
         _vector(multiplicative, logits, computed),
         _vector(margin, logits, computed),
-        _vector(class_weight, logits, computed),
+        weights,
         kind,
         float(scale),
         float(smoothing),
@@ -117,12 +121,12 @@ def row_loss(
     losses = losses.reshape(y.shape)
     if reduction == "none" and weight is None and (y.ndim == 1 or inner == "none"):
         return losses
-    counted = y != ignore_index if mask is None else (y != ignore_index) & settings[1].reshape(y.shape)
+    counted = y != ignore_index if flat_mask is None else (y != ignore_index) & flat_mask.reshape(y.shape)
     rows, counted_rows = combine_inner(losses, counted, inner)
     carried = None
     if normalizer == "weight":
         ones = torch.ones_like(losses, requires_grad=False)
-        carried = combine_inner(ones if class_weight is None else settings[5][y.where(counted, 0)], counted, inner)[0]
+        carried = combine_inner(ones if weights is None else weights[y.where(counted, 0)], counted, inner)[0]
     return reduce_losses(
         rows,
         counted=counted_rows,
@@ -172,9 +176,7 @@ def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
     return rows.reshape(logits.shape[0], *logits.shape[2:], logits.shape[1]).movedim(-1, 1)
 
 
-def _total(
-    logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor], options: tuple[Any, ...]
-) -> Tensor:
+def _total(logits: Tensor, settings: tuple[Any, ...], plain: Callable[..., Tensor], options: tuple[Any, ...]) -> Tensor:
     if torch.compiler.is_compiling():
         return _TracedTotal.apply(logits, *settings)
     if not (logits.requires_grad and torch.is_grad_enabled()):

@@ -54,9 +54,9 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating type")
     if logits.ndim < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C) or (N, C, d1, ...)")
-    if logits.ndim == 2 and mask is None and weight is None and not target.is_floating_point():
-        if target.ndim == 1 and len(target) == len(logits):
-            return
+    alone = mask is None and weight is None and logits.ndim == 2 and not target.is_floating_point()
+    if alone and target.ndim == 1 and len(target) == len(logits):  # what comes nearly always
+        return
     indices_shape = logits.shape[:1] + logits.shape[2:]
     if target.is_floating_point():
         if target.shape != logits.shape:
@@ -98,9 +98,9 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
     return mask if mask.shape == like.shape else mask.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
-def check_class_vector(name: str, x: Tensor | None, logits: Tensor) -> None:
-    """Raises ValueError unless ``x`` is None or (C,)."""
-    if x is not None and x.shape != logits.shape[1:2]:
+def check_class_vector(name: str, x: Tensor, logits: Tensor) -> None:
+    """Raises ValueError unless ``x`` is (C,)."""
+    if x.shape != logits.shape[1:2]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
 
 

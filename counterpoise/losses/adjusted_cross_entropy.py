@@ -85,9 +85,10 @@ def adjusted_cross_entropy(
     check_multiclass(logits, target, mask, weight)
     check_number("scale", scale, 0, open_low=True)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    vectors = {"additive": additive, "multiplicative": multiplicative, "margin": margin, "class_weight": class_weight}
+    vectors = {"multiplicative": multiplicative, "additive": additive, "margin": margin, "class_weight": class_weight}
     for name, vector in vectors.items():
-        check_class_vector(name, vector, logits)
+        if vector is not None:
+            check_class_vector(name, vector, logits)
     plain = partial(
         _plain,
         target=target,
@@ -104,7 +105,10 @@ def adjusted_cross_entropy(
             logits,
             target,
             plain,
-            **vectors,
+            additive=additive,
+            multiplicative=multiplicative,
+            margin=margin,
+            class_weight=class_weight,
             scale=scale,
             smoothing=label_smoothing,
             ignore_index=ignore_index,

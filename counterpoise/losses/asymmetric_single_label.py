@@ -64,7 +64,8 @@ def asymmetric_single_label_loss(
         raise TypeError(f"target has dtype {target.dtype}, expected class indices of an integer type")
     if logits.shape[1] < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected at least two classes")
-    check_class_vector("class_weight", class_weight, logits)
+    if class_weight is not None:
+        check_class_vector("class_weight", class_weight, logits)
     settings = {
         "gamma_neg": gamma_neg,
         "gamma_pos": gamma_pos,

@@ -185,7 +185,8 @@ def _logsumexp_or_zero(x: Tensor, less: Tensor | float = 0.0) -> Tensor:
 def focal_class_weight(alpha: float | None, class_weight: Tensor | None, logits: Tensor) -> Tensor | None:
     """(C,) weights from either way of giving them, or None; raises ValueError for both."""
     if alpha is None:
-        check_class_vector("class_weight", class_weight, logits)
+        if class_weight is not None:
+            check_class_vector("class_weight", class_weight, logits)
         return class_weight
     if class_weight is not None:
         raise ValueError("alpha and class_weight were both given, expected one of them: they would multiply")

@@ -164,9 +164,7 @@ class ClassStatistics(PreciseBuffers):
         check_number("beta", beta, 0, 1)
         return _by_effective_number(self.smoothed_counts, beta)
 
-    def derived(
-        self, key: Hashable, like: Tensor, make: Callable[[], Tensor], source: Tensor | None = None
-    ) -> Tensor:
+    def derived(self, key: Hashable, like: Tensor, make: Callable[[], Tensor], source: Tensor | None = None) -> Tensor:
         """A class vector made from a buffer, on the device of ``like`` in at least float32; made once a state of it.
 
         Args:

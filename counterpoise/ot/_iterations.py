@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from counterpoise.kernels import transport as fused
 from counterpoise.ot._anderson import Anderson
 from counterpoise.ot._kernels import DenseKernel, Problem, TiledKernel
 from counterpoise.ot._sides import Ranks, largest, safe_log
@@ -100,17 +101,10 @@ def larger_entropies(epsilon: float, spread: float, scaling: float | str | None,
 def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
     """f_i = min_j C_ij, g_j = min_i (C_ij - f_i) over entries with mass, and the largest C_ij - f_i that is finite."""
     rows, columns = problem.rows, problem.columns
-    f, g = torch.zeros_like(rows.mass), torch.full_like(columns.mass, torch.inf)
-    spread = g.new_zeros(())
-    nowhere = -columns.without_void(torch.zeros_like(g))[..., None, :]  # inf where a column has no mass, else 0
-    for start, stop in tiles(problem.cost):
-        cost = rows_of(problem.cost, start, stop)
-        f[..., start:stop] = (cost if columns.void is None else cost + nowhere).amin(-1)
-        above = cost - rows.part(start, stop).without_void(f[..., start:stop])[..., None]
-        g = torch.minimum(g, above.amin(-2))
-        spread = torch.maximum(spread, above.amax())
-    if spread == torch.inf:  # pairs that are forbidden, or masses of zero
-        spread = torch.stack([largest_finite(problem, f, *span) for span in tiles(problem.cost)]).amax()
+    if isinstance(problem.cost, Tensor) and fused.takes(problem.cost, "transport_start"):
+        f, g, spread = fused.start(problem.cost, rows.mass, columns.mass)
+    else:
+        f, g, spread = start_in_tiles(problem)
     g = -problem.ranks.max(-g)
     wrong = [
         (x.isnan() | (x == -torch.inf) | ((x == torch.inf) & (side.mass > 0))).any().to(g.dtype)
@@ -125,6 +119,23 @@ def start_of(problem: Problem) -> tuple[Tensor, Tensor, float]:
     f, g = f.nan_to_num(posinf=0.0), g.nan_to_num(posinf=0.0)
     c = problem.shift(f, g) if problem.shift is not None else 0.0
     return f + c, g - c, reach
+
+
+def start_in_tiles(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of this rank's rows, not checked."""
+    rows, columns = problem.rows, problem.columns
+    f, g = torch.zeros_like(rows.mass), torch.full_like(columns.mass, torch.inf)
+    spread = g.new_zeros(())
+    nowhere = -columns.without_void(torch.zeros_like(g))[..., None, :]  # inf where a column has no mass, else 0
+    for start, stop in tiles(problem.cost):
+        cost = rows_of(problem.cost, start, stop)
+        f[..., start:stop] = (cost if columns.void is None else cost + nowhere).amin(-1)
+        above = cost - rows.part(start, stop).without_void(f[..., start:stop])[..., None]
+        g = torch.minimum(g, above.amin(-2))
+        spread = torch.maximum(spread, above.amax())
+    if spread == torch.inf:  # pairs that are forbidden, or masses of zero
+        spread = torch.stack([largest_finite(problem, f, *span) for span in tiles(problem.cost)]).amax()
+    return f, g, spread
 
 
 def largest_finite(problem: Problem, f: Tensor, start: int, stop: int) -> Tensor:
@@ -172,6 +183,12 @@ def accelerated(path: Anderson, one: Tensor, before: Tensor, after: Tensor) -> T
 def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, count: int) -> Solution:
     """``count`` iterations with one kernel."""
     rows, columns, epsilon = problem.rows, problem.columns, problem.epsilon
+    unknown = torch.zeros_like(problem.total)
+    alone = isinstance(kernel, DenseKernel) and not problem.ranks.several
+    if alone and fused.takes(kernel.matrix, "transport_scale"):
+        numbers = None if problem.shift is None else problem.shift.numbers
+        f, g, u, v, s = fused.scale(kernel.matrix, kernel.f, kernel.g, v, rows, columns, numbers, epsilon, count)
+        return Solution(f, g, kernel, u, v, s, unknown, unknown)
     for i in range(count):
         r, u, s = kernel.sweep(v) if rows.ceiling is None else level_sweep(problem, kernel, v)
         s = problem.ranks.sum(s)
@@ -185,7 +202,6 @@ def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, coun
             c = problem.shift(f, g)
             f, g, up = f + c, g - c, (c / epsilon).exp()
             u, v, s = u * up, v / up, s * up
-    unknown = torch.zeros_like(problem.total)
     return Solution(f, g, kernel, u, v, s, unknown, unknown)
 
 
@@ -202,13 +218,9 @@ def in_logarithms(problem: Problem, g: Tensor, count: int) -> Solution:
     rows, columns, ranks, one = problem.rows, problem.columns, problem.ranks, problem.columns.reference
     for _ in range(count):
         kernel = TiledKernel(problem, g)
-        log_r = rows.divisor(kernel.row_sums(one)).log()
-        rows.raise_ceiling(log_r, kernel.f, ranks)
-        moved = rows.log_scaling(log_r, kernel.f)
-        with_mass = rows.without_void(moved)
-        top = ranks.max(largest(with_mass)[..., None])
-        s = ranks.sum(kernel.column_sums(rows.reference * (with_mass - top).exp()))
-        log_s = s.clamp_min(torch.finfo(s.dtype).tiny).log() + top
+        both = None if ranks.several else kernel.log_sweep(one)
+        moved, log_s = both if both is not None else log_sweep(problem, kernel, one)
+        log_s = log_s if columns.void is None else log_s.masked_fill(columns.void > 0, 0.0)
         columns.raise_ceiling(log_s, g, ALONE)
         f, g = kernel.f + problem.epsilon * moved, g + problem.epsilon * columns.log_scaling(log_s, g)
         c = problem.shift(f, g) if problem.shift is not None else 0.0
@@ -218,6 +230,18 @@ def in_logarithms(problem: Problem, g: Tensor, count: int) -> Solution:
     u = rows.reference * rows.without_void((f - kernel.f) / problem.epsilon).exp()
     unknown = torch.zeros_like(problem.total)
     return Solution(f, g, kernel, u, one, ranks.sum(kernel.column_sums(u)), unknown, unknown)
+
+
+def log_sweep(problem: Problem, kernel: TiledKernel, one: Tensor) -> tuple[Tensor, Tensor]:
+    """V = ``one`` to logarithms of U / alpha and of S."""
+    rows, ranks = problem.rows, problem.ranks
+    log_r = rows.divisor(kernel.row_sums(one)).log()
+    rows.raise_ceiling(log_r, kernel.f, ranks)
+    moved = rows.log_scaling(log_r, kernel.f)
+    with_mass = rows.without_void(moved)
+    top = ranks.max(largest(with_mass)[..., None])
+    s = ranks.sum(kernel.column_sums(rows.reference * (with_mass - top).exp()))
+    return moved, s.clamp_min(torch.finfo(s.dtype).tiny).log() + top
 
 
 def look(problem: Problem, found: Solution, *, measure: bool) -> tuple[float, float]:

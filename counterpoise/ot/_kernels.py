@@ -9,16 +9,26 @@ are slow. Entries without mass are left out of K, and of the division by their s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from counterpoise.kernels import transport as fused
 from counterpoise.ot._sides import Ranks, Side
-from counterpoise.ot.costs import PointCost, rows_of, tiles
+from counterpoise.ot.costs import PointCost, SquaredEuclidean, rows_of, tiles
 
-Shift = Callable[[Tensor, Tensor], Tensor]
+
+class Shift(Protocol):
+    """The common shift c (..., 1) of the potentials after an iteration, for f + c, g - c."""
+
+    @property
+    def numbers(self) -> fused.Shift:
+        """What the fused iteration needs of it."""
+        ...
+
+    def __call__(self, f: Tensor, g: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -30,7 +40,7 @@ class Problem:
         rows, columns: the sides.
         ranks: who shares the rows.
         total: (...) mass that errors are relative to.
-        shift: None, or the common shift of the potentials after an iteration: f, g to c (..., 1), for f + c, g - c.
+        shift: None, or the common shift of the potentials after an iteration.
         product: whether the entropy is KL(P | a b^T), the reference of both sides being their mass.
     """
 
@@ -79,6 +89,10 @@ class DenseKernel:
 
     def __init__(self, problem: Problem, f: Tensor, g: Tensor) -> None:
         self.f, self.g, self.rows = f, g, problem.rows
+        if fused.takes(problem.matrix, "transport_kernel"):
+            offsets = problem.rows.without_void(f), problem.columns.without_void(g)
+            self.matrix = fused.kernel(problem.matrix, *offsets, problem.epsilon)
+            return
         inner = problem.columns.without_void(g)[..., None, :] / problem.epsilon
         outer = problem.rows.without_void(f)[..., None] / problem.epsilon
         self.matrix = torch.empty(problem.cost.shape, dtype=g.dtype, device=g.device)
@@ -103,23 +117,39 @@ class DenseKernel:
 
     def plan(self, u: Tensor, v: Tensor) -> Tensor:
         """diag(U) K diag(V), in the memory of K."""
+        if fused.takes(self.matrix, "transport_plan_"):
+            return fused.plan_(self.matrix, u, v)
         for start, stop in tiles(self.matrix):
             self.matrix[..., start:stop, :].mul_(u[..., start:stop, None]).mul_(v[..., None, :])
         return self.matrix
 
 
 class TiledKernel:
-    """K formed in tiles whenever it is needed, with f such that the largest entry of every row is one."""
+    """K formed in tiles whenever it is needed, with f such that the largest entry of every row is one.
+
+    Fused, a tile is of the cost alone: rows of K exist while they are summed. A cost that is a matrix is one tile then.
+    """
 
     def __init__(self, problem: Problem, g: Tensor) -> None:
         self.cost, self.g, self.epsilon = problem.cost, g, problem.epsilon
         self.f = torch.zeros_like(problem.rows.mass)
-        self.inner = problem.columns.without_void(g)[..., None, :]
-        self.parts = [(start, stop, problem.rows.part(start, stop)) for start, stop in tiles(problem.cost)]
+        self.inner = problem.columns.without_void(g)
+        whole = isinstance(self.cost, Tensor) and fused.takes(self.cost)
+        spans = [(0, self.cost.shape[-2])] if whole else tiles(problem.cost)
+        self.parts = [(start, stop, problem.rows.part(start, stop)) for start, stop in spans]
+
+    def _fused(self, start: int, stop: int) -> fused.Tile | None:
+        """Rows [start, stop) of the cost, for the fused sums where they can be taken."""
+        squares = None
+        if isinstance(self.cost, SquaredEuclidean) and fused.runs_on(self.g, "transport_rows"):
+            cost, *squares = self.cost.products(start, stop)
+        else:
+            cost = rows_of(self.cost, start, stop)
+        return fused.Tile(cost, self.inner, self.epsilon, squares) if fused.takes(cost) else None
 
     def _tile(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of K, and their f."""
-        exponents = (self.inner - rows_of(self.cost, start, stop)).mul_(1 / self.epsilon)
+        exponents = (self.inner[..., None, :] - rows_of(self.cost, start, stop)).mul_(1 / self.epsilon)
         largest = exponents.amax(-1).clamp_min(torch.finfo(exponents.dtype).min)
         self.f[..., start:stop] = -self.epsilon * largest
         return exp_(exponents.sub_(largest[..., None]))
@@ -128,22 +158,46 @@ class TiledKernel:
         """R = K V."""
         r = torch.empty_like(self.f)
         for start, stop, _ in self.parts:
-            r[..., start:stop] = times(self._tile(start, stop), v)
+            tile, span = self._fused(start, stop), slice(start, stop)
+            if tile is None:
+                r[..., span] = times(self._tile(start, stop), v)
+            else:
+                self.f[..., span], r[..., span] = tile.row_sums(v)
         return r
 
     def column_sums(self, u: Tensor) -> Tensor:
-        """This rank's part of S = K^T U."""
+        """This rank's part of S = K^T U, behind :meth:`row_sums`."""
         s = torch.zeros_like(self.g)
         for start, stop, _ in self.parts:
-            s += times(self._tile(start, stop).mT, u[..., start:stop])
+            tile, some = self._fused(start, stop), u[..., start:stop]
+            if tile is None:
+                s += times(self._tile(start, stop).mT, some)
+            else:
+                s += tile.column_sums(self.f[..., start:stop], some)
         return s
 
     def sweep(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """V to R, U and this rank's part of S, in one pass over the tiles."""
         r, u, s = torch.empty_like(self.f), torch.empty_like(self.f), torch.zeros_like(self.g)
         for start, stop, rows in self.parts:
+            fused_tile, span = self._fused(start, stop), slice(start, stop)
+            if fused_tile is not None:
+                self.f[..., span], r[..., span], u[..., span], more = fused_tile.sweep(v, rows)
+                s += more
+                continue
             tile = self._tile(start, stop)
-            r[..., start:stop] = times(tile, v)
-            u[..., start:stop] = rows.scaled(r[..., start:stop], self.f[..., start:stop])
-            s += times(tile.mT, u[..., start:stop])
+            r[..., span] = times(tile, v)
+            u[..., span] = rows.scaled(r[..., span], self.f[..., span])
+            s += times(tile.mT, u[..., span])
         return r, u, s
+
+    def log_sweep(self, one: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(U / alpha) and S of ``one`` in logarithms, in one pass; None where that is not to be had."""
+        if len(self.parts) != 1 or not self.f.is_cpu:
+            return None
+        start, stop, rows = self.parts[0]
+        tile = self._fused(start, stop)
+        if tile is None or rows.ceiling is not None:
+            return None
+        self.f, r, _, log_s = tile.sweep(one, rows, logs=True)
+        return rows.log_scaling(rows.divisor(r).log(), self.f), log_s

@@ -82,11 +82,18 @@ class SquaredEuclidean(PointCost):
 
     def pairwise(self, x: Tensor, y: Tensor) -> Tensor:
         """Points to squared distances, never below 0."""
+        products, of_x, of_y = self._products(x, y)
+        return products.add_(of_x[..., None]).add_(of_y[..., None, :]).clamp_min(0)
+
+    def products(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-2 s x.y of rows [start, stop), s |x|^2 and s |y|^2, of which the distances are the sum."""
+        return self._products(self.x[..., start:stop, :], self.y)
+
+    def _products(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         centre = self.y.detach().mean(-2, keepdim=True)
         x, y = x - centre, y - centre
-        products = (-2 * self.scale) * x @ y.mT
-        squares = products.add_((self.scale * x.square().sum(-1))[..., None])
-        return squares.add_((self.scale * y.square().sum(-1))[..., None, :]).clamp_min(0)
+        of_x, of_y = (self.scale * points.square().sum(-1) for points in (x, y))
+        return (-2 * self.scale) * x @ y.mT, of_x, of_y
 
 
 class Euclidean(PointCost):

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import check_choice
+from counterpoise.kernels import transport as fused
 from counterpoise.ot._assemble import transport
 from counterpoise.ot._inputs import as_cost, as_marginal, check_formed, check_settings, with_equal_totals
 from counterpoise.ot._kernels import Problem
@@ -124,6 +125,11 @@ class Shift:
         self.rows, self.columns = (a, rho, safe_log(exact_a - common)), (b, sigma, safe_log(exact_b - common))
         least = -float(ranks.max(-torch.as_tensor(smallest(rho), device=a.device, dtype=a.dtype)))
         self.length = 1 / (1 / least + 1 / smallest(sigma))
+
+    @property
+    def numbers(self) -> fused.Shift:
+        """For the fused iteration."""
+        return fused.Shift(self.rows[2], self.columns[2], self.length)
 
     def __call__(self, f: Tensor, g: Tensor) -> Tensor:
         """(..., 1)."""

@@ -1,55 +1,17 @@
 // Operators of the row-wise family; the schemas stand in counterpoise/kernels/rows.py.
-#include "rows.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <tuple>
 #include <vector>
 
-#include "tensors.h"
+#include "../math/rows.h"
+#include "rows_problem.h"
 
 namespace counterpoise {
 namespace {
 
 constexpr int64_t small_job = 1 << 13;  // entries that one thread does faster than several start
-
-// Logits (N, C) and all that goes with them are contiguous; target is int64, mask and target are (N,).
-RowProblem problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-                   const std::optional<Tensor>& additive, const std::optional<Tensor>& multiplicative,
-                   const std::optional<Tensor>& margin, const std::optional<Tensor>& class_weight, int64_t kind,
-                   double scale, double smoothing, double gamma_pos, double gamma_neg, bool detach,
-                   int64_t ignore_index) {
-  return {logits.const_data_ptr(),
-          type_of(logits),
-          static_cast<const int64_t*>(target.const_data_ptr()),
-          static_cast<const uint8_t*>(data_of(mask)),
-          data_of(additive),
-          data_of(multiplicative),
-          data_of(margin),
-          data_of(class_weight),
-          logits.size(0),
-          logits.size(1),
-          ignore_index,
-          static_cast<int>(kind),
-          scale,
-          smoothing,
-          gamma_pos,
-          gamma_neg,
-          detach};
-}
-
-#define CP_ROW_SETTINGS                                                                                            \
-  const Tensor &logits, const Tensor &target, std::optional<Tensor> mask, std::optional<Tensor> additive,          \
-      std::optional<Tensor> multiplicative, std::optional<Tensor> margin, std::optional<Tensor> class_weight,      \
-      int64_t kind, double scale, double smoothing, double gamma_pos, double gamma_neg, bool detach,               \
-      int64_t ignore_index
-#define CP_ROW_PROBLEM                                                                                             \
-  problem(logits, target, mask, additive, multiplicative, margin, class_weight, kind, scale, smoothing, gamma_pos, \
-          gamma_neg, detach, ignore_index)
-
-// What "mean" divides by; the order of NORMALIZERS in counterpoise/kernels/rows.py.
-enum class Divisor : int64_t { number, count, weight, foreground };
 
 double number_at(const void* x, bool as_double, int64_t i) {
   return as_double ? static_cast<const double*>(x)[i] : static_cast<const float*>(x)[i];
@@ -102,7 +64,7 @@ RowPiece total_of(const RowProblem& p, const std::vector<RowPiece>& pieces) {
   for (const auto& s : pieces) {
     const double below = s.top - all.top;
     all.others += s.others * std::exp(below);
-    all.gap += s.gap + (s.live > 0 ? (p.kind == 0 ? s.live_weight : s.live) * below : 0);
+    all.gap += s.gap + (s.live > 0 ? (p.kind == static_cast<int>(math::RowKind::cross_entropy) ? s.live_weight : s.live) * below : 0);
     all.live += s.live;
     all.live_weight += s.live_weight;
     all.off_value += s.off_value;

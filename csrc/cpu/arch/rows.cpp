@@ -142,7 +142,7 @@ void exponentials(const T* __restrict u, int64_t n, T top, T* __restrict e) {
 // Raises the top of what has been added up so far.
 template <class T>
 void raise(const Rows<T>& r, double top, RowPiece& piece) {
-  piece.others *= static_cast<double>(math::exp(static_cast<T>(piece.top - top)));
+  if (piece.others > 0) piece.others *= static_cast<double>(math::exp(static_cast<T>(piece.top - top)));
   if (piece.live > 0)
     piece.gap += (r.c.kind == RowKind::cross_entropy ? piece.live_weight : piece.live) * (piece.top - top);
   piece.top = top;
@@ -264,7 +264,8 @@ void write_row(const Rows<T>& r, int64_t row, const RowSlopes<T>& s, T factor, c
     n = r.length(from, r.p.classes);
     if (r.long_rows()) load(kept + from, n, k.e);
     RowSlopes<T> here = s;
-    here.exponent *= math::exp(tops[from / row_chunk] - s.top);
+    const T top = tops[from / row_chunk];
+    if (top != s.top) here.exponent *= math::exp(top - s.top);
     slopes_in_chunk(r, row, from, n, here, factor, k);
     r.write(k.e, n, grad, row * r.p.classes + from);
   }

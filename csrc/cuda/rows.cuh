@@ -1,0 +1,375 @@
+// Row-wise family: a row belongs to a warp or, where it is long, to a block. The forward pass reads it once (twice for
+// the asymmetric form), keeping sums relative to the largest logit so far, and leaves five numbers a row from which the
+// backward pass makes the gradient in one more pass. Sums are added in an order that the shape alone decides, and what
+// the mean divides by is found on the device: nothing waits for the host.
+#pragma once
+
+#include "../cpu/rows.h"
+#include "../math/rows.h"
+#include "block.cuh"
+
+namespace counterpoise::cuda {
+
+constexpr int row_threads = 256;
+constexpr int64_t row_of_warp = 1024;      // classes up to which a row is a warp's
+constexpr int64_t row_slice = 1 << 13;     // classes of a row that one group writes the gradient of
+constexpr int64_t row_most_blocks = 1 << 16;
+constexpr int64_t row_partials = 1024;     // blocks that share a sum over rows, at most
+
+template <class S>
+struct RowInput {
+  using T = computed_t<S>;
+  const S* logits;
+  const int64_t* target;
+  const uint8_t* mask;
+  const T *additive, *multiplicative, *margin, *class_weight;
+  int64_t rows, classes, ignore_index;
+  T scale;
+  bool packs;  // whether every row may be read and written in packs
+  int lanes;   // threads that share a row: a warp or the block
+  math::RowParameters<T> c;
+
+  CP_DEVICE bool counts(int64_t row) const { return target[row] != ignore_index && (mask == nullptr || mask[row] != 0); }
+  CP_DEVICE bool has_off() const { return c.kind == math::RowKind::asymmetric && c.smoothing != 0; }
+  CP_DEVICE T factor(int64_t j) const { return multiplicative == nullptr ? T(1) : multiplicative[j]; }
+  CP_DEVICE T weight(int64_t j) const { return class_weight == nullptr ? T(1) : class_weight[j]; }
+  CP_DEVICE T adjusted(T z, int64_t j) const {
+    return (z * factor(j) + (additive == nullptr ? T(0) : additive[j])) * scale;
+  }
+  CP_DEVICE T at_target(int64_t row) const {
+    const int64_t y = target[row];
+    const T u = adjusted(widen(logits[row * classes + y]), y);
+    return margin == nullptr ? u : u - margin[y] * scale;
+  }
+};
+
+template <class S>
+constexpr int row_width = pack_width<S> < 4 ? pack_width<S> : 4;
+
+// Sums over some of a row's other classes; `gap` and `sum` are relative to `top`.
+template <class T>
+struct RowShare {
+  T top, sum, live, weight, gap;
+};
+
+template <class T>
+CP_DEVICE RowShare<T> across(RowShare<T> x, int distance) {
+  return {across(x.top, distance), across(x.sum, distance), across(x.live, distance), across(x.weight, distance),
+          across(x.gap, distance)};
+}
+
+struct MergeRows {
+  bool weigh_gap;
+
+  template <class R>
+  static CP_DEVICE R none() {
+    return R{-math::infinity<decltype(R::top)>, 0, 0, 0, 0};
+  }
+  // The share as it would be relative to a top that is no lower.
+  template <class T>
+  CP_DEVICE RowShare<T> raised(const RowShare<T>& x, T top) const {
+    if (x.top == top) return x;
+    const T gap = x.live > 0 ? x.gap + (weigh_gap ? x.weight : x.live) * (x.top - top) : T(0);
+    return {top, x.sum == 0 ? T(0) : x.sum * math::exp(x.top - top), x.live, x.weight, gap};
+  }
+  template <class T>
+  CP_DEVICE RowShare<T> operator()(const RowShare<T>& a, const RowShare<T>& b) const {
+    const T top = a.top > b.top ? a.top : b.top;
+    const RowShare<T> x = raised(a, top), y = raised(b, top);
+    return {top, x.sum + y.sum, x.live + y.live, x.weight + y.weight, x.gap + y.gap};
+  }
+};
+
+// A thread's place among those that share a row.
+struct RowGroup {
+  int64_t first, stride;  // which rows
+  int rank, lanes;
+
+  explicit CP_DEVICE RowGroup(int lanes)
+      : first(static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes),
+        stride(static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes)), rank(threadIdx.x % lanes), lanes(lanes) {}
+
+  template <class Combine, class R>
+  CP_DEVICE R reduce(R x, Combine combine, R* scratch) const {
+    if (lanes == warp_size) return warp_reduce(x, combine);
+    // MergeRows::none is a template of its result, block_reduce's of what it is given: the same.
+    x = warp_reduce(x, combine);
+    if (lane() == 0) scratch[warp()] = x;
+    __syncthreads();
+    R all = lane() < warps() ? scratch[lane()] : Combine::template none<R>();
+    all = warp_reduce(all, combine);
+    __syncthreads();
+    return all;
+  }
+};
+
+// visit(adjusted logits, how many, first class, distance) for all that this thread has of classes [from, to); the target
+// is given as -infinity, as a masked class would be.
+template <class S, class F>
+CP_DEVICE void for_classes(const RowInput<S>& p, const RowGroup& who, int64_t row, int64_t from, int64_t to, F&& visit) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  const S* z = p.logits + row * p.classes;
+  const int64_t y = p.target[row];
+  const int step = p.packs ? 1 : who.lanes;
+  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to; j += static_cast<int64_t>(who.lanes) * width) {
+    T u[width];
+    if (p.packs) {
+      load_pack(z + j, u);
+    } else {
+#pragma unroll
+      for (int k = 0; k < width; ++k) u[k] = j + k * step < to ? static_cast<T>(widen(z[j + k * step])) : T(0);
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const int64_t at = j + k * step;
+      u[k] = at >= to || at == y ? -math::infinity<T> : p.adjusted(u[k], at);
+    }
+    visit(u, j, step);
+  }
+}
+
+template <class S, class Merge>
+CP_DEVICE RowShare<computed_t<S>> share_of(const RowInput<S>& p, const RowGroup& who, int64_t row, const Merge& merge) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  RowShare<T> mine = Merge::template none<RowShare<T>>();
+  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t j, int step) {
+    T top = mine.top;
+#pragma unroll
+    for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
+    mine = merge.raised(mine, top);
+#pragma unroll
+    for (int k = 0; k < width; ++k) mine.sum += u[k] == -math::infinity<T> ? T(0) : math::exp(u[k] - top);
+    if (p.c.smoothing == 0) return;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      if (!(u[k] > -math::infinity<T>)) continue;
+      const T w = p.weight(j + k * step);
+      mine.live += 1;
+      mine.weight += w;
+      mine.gap += (merge.weigh_gap ? w : T(1)) * (u[k] - top);
+    }
+  });
+  return mine;
+}
+
+template <class S>
+CP_DEVICE Two<computed_t<S>> off_of(const RowInput<S>& p, const RowGroup& who, int64_t row, computed_t<S> shift) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  Two<T> mine{0, 0};
+  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t, int) {
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      if (!(u[k] > -math::infinity<T>)) continue;
+      T value, slope;
+      math::fading_other(u[k] - shift, p.c.gamma_neg.value, p.c.detach, value, slope);
+      mine.first += value;
+      mine.second += slope;
+    }
+  });
+  return mine;
+}
+
+template <class T>
+CP_DEVICE void write_slopes(const math::RowSlopes<T>& s, int64_t row, T* losses, T* state) {
+  losses[row] = s.loss;
+  state += row * row_state;
+  state[0] = s.top;
+  state[1] = s.log_total;
+  state[2] = s.exponent;
+  state[3] = s.label;
+  state[4] = s.target;
+}
+
+template <class S>
+__global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, computed_t<S>* losses, computed_t<S>* state) {
+  using T = computed_t<S>;
+  __shared__ RowShare<T> share_scratch[warp_size];
+  __shared__ Two<T> off_scratch[warp_size];
+  const RowGroup who(p.lanes);
+  const MergeRows merge{p.c.kind == math::RowKind::cross_entropy};
+  for (int64_t row = who.first; row < p.rows; row += who.stride) {
+    if (!p.counts(row)) {
+      if (who.rank == 0) write_slopes(math::RowSlopes<T>{}, row, losses, state);
+      continue;
+    }
+    const int64_t y = p.target[row];
+    if (y < 0 || y >= p.classes) stop("target holds a class index outside [0, C - 1]");
+    RowShare<T> all = who.reduce(share_of(p, who, row, merge), merge, share_scratch);
+    const T target = p.at_target(row);
+    const T top = target > all.top ? target : all.top;
+    all = merge.raised(all, top);
+    math::RowSums<T> s{top, all.sum, target - top, p.weight(y), all.live, all.weight, all.gap, 0, 0};
+    if (p.has_off()) {
+      const T shift = top + math::row_terms(s, p.c.smoothing).log_total;
+      const Two<T> off = who.reduce(off_of(p, who, row, shift), Add(), off_scratch);
+      s.off_value = off.first;
+      s.off_slope = off.second;
+    }
+    if (who.rank == 0) write_slopes(math::row_slopes(s, p.c), row, losses, state);
+  }
+}
+
+// The gradient at one class that is not the target.
+template <class S>
+CP_DEVICE computed_t<S> slope_at(const RowInput<S>& p, computed_t<S> u, int64_t j, const math::RowSlopes<computed_t<S>>& s) {
+  using T = computed_t<S>;
+  T g = s.exponent * math::exp(u - s.top);
+  if (p.c.smoothing == 0 || !(u > -math::infinity<T>)) return g * p.factor(j);
+  if (p.c.kind == math::RowKind::asymmetric) {
+    T value, slope;
+    math::fading_other(u - s.top - s.log_total, p.c.gamma_neg.value, p.c.detach, value, slope);
+    g += s.label * slope;
+  } else {
+    g += s.label * (p.c.kind == math::RowKind::cross_entropy ? p.weight(j) : T(1));
+  }
+  return g * p.factor(j);
+}
+
+template <class S>
+__global__ void __launch_bounds__(row_threads, 2)
+    rows_gradient(RowInput<S> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  const RowGroup who(p.lanes);
+  const int64_t slices = (p.classes + row_slice - 1) / row_slice;
+  for (int64_t item = who.first; item < p.rows * slices; item += who.stride) {
+    const int64_t row = item / slices, from = item % slices * row_slice;
+    const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
+    const bool counts = p.counts(row);
+    const T *its = state + row * row_state, by = by_row[row] * p.scale;
+    const math::RowSlopes<T> s{0, its[0], its[1], its[2] * by, its[3] * by, its[4] * by};
+    const int64_t y = p.target[row];
+    for_classes(p, who, row, from, to, [&](const T(&u)[width], int64_t j, int step) {
+      T g[width];
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const int64_t at = j + k * step;
+        g[k] = !counts || at >= to ? T(0) : (at == y ? s.target * p.factor(y) : slope_at(p, u[k], at, s));
+      }
+      S* out = grad + row * p.classes;
+      if (p.packs) return store_pack(g, out + j);
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
+    });
+  }
+}
+
+// ---- the total --------------------------------------------------------------------------------------------------
+
+enum class RowDivisor : int { number, count, weight, foreground };
+
+template <class T>
+struct RowTotal {
+  const T *losses, *weight;  // weight: (rows), null = ones
+  RowDivisor kind;
+  double number;
+  Two<double>* partials;
+  T *total, *factor;
+  double* divisor;
+};
+
+template <class S>
+__global__ void __launch_bounds__(row_threads) rows_share_total(RowInput<S> p, RowTotal<computed_t<S>> out) {
+  __shared__ Two<double> scratch[warp_size];
+  Two<double> mine{0, 0};
+  for (int64_t i = grid_first(); i < p.rows; i += grid_stride()) {
+    if (!p.counts(i)) continue;
+    const int64_t y = p.target[i];
+    const double w = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[i]);
+    mine.first += w * static_cast<double>(out.losses[i]);
+    mine.second += out.kind == RowDivisor::weight       ? w * static_cast<double>(p.weight(y))
+                   : out.kind == RowDivisor::foreground ? (y > 0 ? 1.0 : 0.0)
+                                                        : 1.0;
+  }
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x == 0) out.partials[blockIdx.x] = all;
+}
+
+template <class T>
+__global__ void __launch_bounds__(row_threads) rows_conclude(RowTotal<T> out, int partials) {
+  __shared__ Two<double> scratch[warp_size];
+  Two<double> mine{0, 0};
+  for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x != 0) return;
+  double divisor = out.number;
+  if (out.kind == RowDivisor::weight) divisor = all.second != 0 ? all.second : 1.0;
+  if (out.kind == RowDivisor::count || out.kind == RowDivisor::foreground) divisor = all.second > 1 ? all.second : 1.0;
+  *out.total = static_cast<T>(all.first / divisor);
+  *out.divisor = divisor;
+}
+
+template <class T>
+__global__ void __launch_bounds__(row_threads) rows_factor(RowTotal<T> out, int64_t rows) {
+  const double divisor = *out.divisor;
+  for (int64_t i = grid_first(); i < rows; i += grid_stride())
+    out.factor[i] = static_cast<T>((out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[i])) / divisor);
+}
+
+// ---- launches ---------------------------------------------------------------------------------------------------
+
+template <class S>
+RowInput<S> row_input(const RowProblem& p, const void* grad) {
+  using T = computed_t<S>;
+  constexpr int width = row_width<S>;
+  const bool packs = takes_packs<S, width>(p.logits, p.classes) && takes_packs<S, width>(grad, p.classes);
+  return {static_cast<const S*>(p.logits),
+          p.target,
+          p.mask,
+          static_cast<const T*>(p.additive),
+          static_cast<const T*>(p.multiplicative),
+          static_cast<const T*>(p.margin),
+          static_cast<const T*>(p.class_weight),
+          p.rows,
+          p.classes,
+          p.ignore_index,
+          static_cast<T>(p.scale),
+          packs,
+          p.classes <= row_of_warp ? warp_size : row_threads,
+          {static_cast<math::RowKind>(p.kind), math::exponent<T>(p.gamma_pos), math::exponent<T>(p.gamma_neg),
+           static_cast<T>(p.smoothing), p.detach}};
+}
+
+inline Launch row_launch(int64_t groups, int lanes, int64_t most, void* stream) {
+  const int64_t blocks = (groups * lanes + row_threads - 1) / row_threads;
+  return {blocks < 1 ? 1 : (blocks < most ? blocks : most), row_threads, stream};
+}
+
+template <class S>
+void rows_forward_on(const RowProblem& p, void* losses, void* state, void* stream) {
+  using T = computed_t<S>;
+  const RowInput<S> input = row_input<S>(p, nullptr);
+  launch(rows_forward<S>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input, static_cast<T*>(losses),
+         static_cast<T*>(state));
+}
+
+template <class S>
+void rows_gradient_on(const RowProblem& p, const void* state, const void* by_row, void* grad, void* stream) {
+  using T = computed_t<S>;
+  const RowInput<S> input = row_input<S>(p, grad);
+  const int64_t slices = (p.classes + row_slice - 1) / row_slice;
+  launch(rows_gradient<S>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
+         static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
+}
+
+// `partials` holds 2 * row_partials + 1 doubles.
+template <class S>
+void rows_total_on(const RowProblem& p, const void* losses, const void* weight, int kind, double number, void* partials,
+                   void* total, void* factor, void* stream) {
+  using T = computed_t<S>;
+  auto* sums = static_cast<Two<double>*>(partials);
+  const RowTotal<T> out{static_cast<const T*>(losses), static_cast<const T*>(weight),
+                        static_cast<RowDivisor>(kind), number,
+                        sums,                          static_cast<T*>(total),
+                        static_cast<T*>(factor),       reinterpret_cast<double*>(sums + row_partials)};
+  const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
+  launch(rows_share_total<S>, over_rows, row_input<S>(p, nullptr), out);
+  launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
+  launch(rows_factor<T>, over_rows, out, p.rows);
+}
+
+}  // namespace counterpoise::cuda
