@@ -50,7 +50,7 @@ class SelfTest:
 
     operator: str  # without which there is nothing to test
     room: str  # which module has the losses; named, not imported: the rooms import this package
-    loss: Callable[[Any, Tensor], Tensor]  # (room, logits or embeddings (rows, 19)) -> value
+    loss: Callable[[Any, Tensor], Tensor]  # (room, (rows, 19)) -> value
     rows: int = 7
 
 
@@ -69,11 +69,16 @@ def _pairwise(contrastive: Any, z: Tensor) -> Tensor:
     return contrastive.ntxent_loss(*z.chunk(2))
 
 
+def _transport(ot: Any, x: Tensor) -> Tensor:
+    return ot.sinkhorn(x.square() / 36, epsilon=0.1, gradient="envelope").value
+
+
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
     # So many rows that their similarities are taken in tiles.
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
+    "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),
 }
 
 
