@@ -235,7 +235,7 @@ double log_add_exp(double a, double b) {
   const double high = a > b ? a : b, low = a > b ? b : a;
   if (a != a || b != b) return a + b;
   return high == -infinity<double> || high == low ? high + (high == low ? math::log(2.0) : 0.0)
-                                                  : high + math::log1p(math::exp(low - high));
+                                                  : high + math::log1p_unit(math::exp(low - high)).log;
 }
 
 // ---- sides ------------------------------------------------------------------------------------------------------
