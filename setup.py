@@ -2,8 +2,9 @@
 
 The libraries use torch's stable interface alone: no Python headers, one binary for many versions of torch and Python.
 
-``COUNTERPOISE_BUILD=0`` leaves them out; with ``COUNTERPOISE_BUILD=1`` it is an error if they cannot be built. CUDA kernels are built with ``COUNTERPOISE_CUDA=1``, or where nvcc and a
-device are there; ``COUNTERPOISE_CUDA_ARCHITECTURES`` (default ``80;90``) names what for.
+``COUNTERPOISE_BUILD=0`` leaves them out; with ``COUNTERPOISE_BUILD=1`` it is an error if they cannot be built. CUDA
+kernels are built with ``COUNTERPOISE_CUDA=1``, or where nvcc and a device are there;
+``COUNTERPOISE_CUDA_ARCHITECTURES`` (default ``80;90``) names what for.
 """
 
 from __future__ import annotations

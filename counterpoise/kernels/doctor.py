@@ -50,7 +50,8 @@ class SelfTest:
 
     operator: str  # without which there is nothing to test
     room: str  # which module has the losses; named, not imported: the rooms import this package
-    loss: Callable[[Any, Tensor], Tensor]  # (room, logits (7, 19)) -> value
+    loss: Callable[[Any, Tensor], Tensor]  # (room, (rows, 19)) -> value
+    rows: int = 7
 
 
 def _element_wise(losses: Any, logits: Tensor) -> Tensor:
@@ -58,7 +59,27 @@ def _element_wise(losses: Any, logits: Tensor) -> Tensor:
     return losses.sigmoid_focal_loss(logits, target) + losses.asymmetric_loss(logits, target)
 
 
-SELF_TESTS = {"element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise)}
+def _row_wise(losses: Any, logits: Tensor) -> Tensor:
+    target = torch.arange(len(logits), device=logits.device)
+    counts = list(range(1, logits.shape[1] + 1))
+    return losses.logit_adjusted_loss(logits, target, class_counts=counts) + losses.softmax_focal_loss(logits, target)
+
+
+def _pairwise(contrastive: Any, z: Tensor) -> Tensor:
+    return contrastive.ntxent_loss(*z.chunk(2))
+
+
+def _transport(ot: Any, x: Tensor) -> Tensor:
+    return ot.sinkhorn(x.square() / 36, epsilon=0.1, gradient="envelope").value
+
+
+SELF_TESTS = {
+    "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
+    "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
+    # So many rows that their similarities are taken in tiles.
+    "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
+    "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),
+}
 
 
 def difference(test: SelfTest, device: str) -> float:
@@ -66,7 +87,8 @@ def difference(test: SelfTest, device: str) -> float:
     room = import_module(test.room)
 
     def run() -> tuple[Tensor, Tensor]:
-        x = torch.linspace(-6, 6, 7 * 19, device=device).reshape(7, 19).requires_grad_()
+        x = 6 * torch.linspace(0, 7 * test.rows, 19 * test.rows, device=device).sin().reshape(test.rows, 19)
+        x.requires_grad_()
         value = test.loss(room, x)
         return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
