@@ -103,7 +103,7 @@ def info_nce(
         query_ids, key_ids, positive, candidate, itself, None if key_log_weight is None else key_log_weight.to(q.dtype)
     )
     extra = None if extra_logits is None else extra_logits.to(q.dtype)
-    if _streams(q, k, rules):
+    if _streams(q, k, rules, alone=queries is keys):
         sums = _streamed(q, k, rules, tau, extra, alone=queries is keys)
     else:
         q = q / (tau[:, None] if isinstance(tau, Tensor) and tau.ndim else tau)
@@ -141,11 +141,17 @@ _KNOWN: dict[Rule | None, int] = {
 }
 
 
-def _streams(q: Tensor, k: Tensor, rules: _Rules) -> bool:
-    """Whether the kernels know the rules, and there are more pairs than a matrix holds as well."""
+def _streams(q: Tensor, k: Tensor, rules: _Rules, *, alone: bool) -> bool:
+    """Whether the kernels know the rules, and there are more pairs than a matrix holds as well.
+
+    Two tensors that both have a gradient cost a fourth product in tiles: without masks a matrix serves for longer.
+    """
     known = rules.candidate in _KNOWN and (isinstance(rules.positive, Tensor) or rules.positive in _KNOWN)
     learned = rules.weights is not None and rules.weights.requires_grad
-    return known and not learned and len(q) * len(k) > pairwise.SMALL and pairwise.serves(q, k)
+    bare = isinstance(rules.positive, Tensor) and rules.candidate is None
+    dearer = bare and not alone and q.requires_grad and k.requires_grad
+    limit = pairwise.SMALL * (pairwise.DEARER if dearer else 1)
+    return known and not learned and len(q) * len(k) > limit and pairwise.serves(q, k)
 
 
 def _streamed(

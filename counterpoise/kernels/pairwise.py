@@ -29,6 +29,7 @@ from counterpoise.kernels._library import LIBRARY, define, runs_on, transformed
 EVERY, NOT_SELF, SAME_LABEL, SAME_CLASS, POSITIVE_OR_BANK, NONE = range(6)
 TILES = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows, columns: on the CPU of a size that the second cache holds
 SMALL = 2**17  # pairs whose matrix is as good as a tile
+DEARER = 2**5  # times as many where tiles cost a product more than the matrix: 16 MiB of float32
 _FEW = 4  # positives a row by index whose keys are read one by one
 _UNSIGNED = 2**31 - 1
 
