@@ -8,9 +8,9 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 instruction set.
 """
 
-from counterpoise.kernels import binary, transport
+from counterpoise.kernels import binary, selection, transport
 from counterpoise.kernels._library import available, cpu_capability, disabled, load, runs_on
 
-__all__ = ["available", "binary", "cpu_capability", "disabled", "runs_on", "transport"]
+__all__ = ["available", "binary", "cpu_capability", "disabled", "runs_on", "selection", "transport"]
 
 load()
