@@ -8,9 +8,19 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 instruction set.
 """
 
-from counterpoise.kernels import binary, pairwise, rows, transport
+from counterpoise.kernels import binary, pairwise, rows, selection, transport
 from counterpoise.kernels._library import available, cpu_capability, disabled, load, runs_on
 
-__all__ = ["available", "binary", "cpu_capability", "disabled", "pairwise", "rows", "runs_on", "transport"]
+__all__ = [
+    "available",
+    "binary",
+    "cpu_capability",
+    "disabled",
+    "pairwise",
+    "rows",
+    "runs_on",
+    "selection",
+    "transport",
+]
 
 load()

@@ -59,7 +59,9 @@ class Side(Protocol):
     pull: Tensor | None
 
     @property
-    def ceiling(self) -> Ceiling | None: ...
+    def ceiling(self) -> Ceiling | None:
+        """None where the masses are no bounds."""
+        ...
 
 
 class Shift(NamedTuple):
@@ -168,7 +170,12 @@ class Tile:
         """f and the sums of rows, the u that ``rows``, without a ceiling, make of them, and the sums of columns."""
         if not runs_on(v, "transport_sweep"):
             raise TypeError(f"transport_sweep does not run on {v.device}, expected a call of its two halves")
-        side = (_flat(rows.mass), _flat(rows.reference), _flat(rows.log_ratio), rows.pull)
+        side = (
+            _flat(rows.mass),
+            _flat(rows.reference),
+            _flat(rows.log_ratio),
+            None if rows.pull is None else rows.pull.contiguous(),
+        )
         f, r, u, s = _ops.transport_sweep(*self.arguments, _flat(v), *side, self.epsilon, logs)
         return f.view(self.rows), r.view(self.rows), u.view(self.rows), s.view(self.columns)
 

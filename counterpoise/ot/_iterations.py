@@ -184,10 +184,10 @@ def advance(problem: Problem, kernel: DenseKernel | TiledKernel, v: Tensor, coun
     """``count`` iterations with one kernel."""
     rows, columns, epsilon = problem.rows, problem.columns, problem.epsilon
     unknown = torch.zeros_like(problem.total)
-    alone = isinstance(kernel, DenseKernel) and not problem.ranks.several
-    if alone and fused.takes(kernel.matrix, "transport_scale"):
+    dense = kernel if isinstance(kernel, DenseKernel) and not problem.ranks.several else None
+    if dense is not None and fused.takes(dense.matrix, "transport_scale"):
         numbers = None if problem.shift is None else problem.shift.numbers
-        f, g, u, v, s = fused.scale(kernel.matrix, kernel.f, kernel.g, v, rows, columns, numbers, epsilon, count)
+        f, g, u, v, s = fused.scale(dense.matrix, dense.f, dense.g, v, rows, columns, numbers, epsilon, count)
         return Solution(f, g, kernel, u, v, s, unknown, unknown)
     for i in range(count):
         r, u, s = kernel.sweep(v) if rows.ceiling is None else level_sweep(problem, kernel, v)

@@ -140,12 +140,13 @@ class TiledKernel:
 
     def _fused(self, start: int, stop: int) -> fused.Tile | None:
         """Rows [start, stop) of the cost, for the fused sums where they can be taken."""
-        squares = None
-        if isinstance(self.cost, SquaredEuclidean) and fused.runs_on(self.g, "transport_rows"):
-            cost, *squares = self.cost.products(start, stop)
-        else:
-            cost = rows_of(self.cost, start, stop)
-        return fused.Tile(cost, self.inner, self.epsilon, squares) if fused.takes(cost) else None
+        if not fused.runs_on(self.g, "transport_rows"):
+            return None
+        if type(self.cost) is SquaredEuclidean:  # a subclass may have other distances
+            products, *squares = self.cost.products(start, stop)
+            return fused.Tile(products, self.inner, self.epsilon, (squares[0], squares[1]))
+        cost = rows_of(self.cost, start, stop)
+        return fused.Tile(cost, self.inner, self.epsilon) if fused.takes(cost) else None
 
     def _tile(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of K, and their f."""

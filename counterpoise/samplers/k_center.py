@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import check_choice, generator_for
+from counterpoise.kernels import selection
 from counterpoise.samplers.selection import (
     Selection,
     check_budget,
@@ -139,6 +140,9 @@ class _Cover:
             if gap == 0:
                 notes.append(f"every example coincides with one of {len(self.picks)} picks, fewer than {budget}")
                 break
+            if selection.takes(self.leader_features):
+                gains += self._follow_on(budget)
+                continue
             self.picks.append(index)
             gains.append(gap)
             self._follow(best)
@@ -152,6 +156,13 @@ class _Cover:
             value=float(self.distance.max()),
             notes=tuple(notes),
         )
+
+    def _follow_on(self, budget: int) -> list[float]:
+        """Picks among the leaders as long as they lead; the distances of the picks."""
+        followed = self.leader_features, self.leaders, self.leader_distance, self.bound, self.bound_index
+        picks, gaps = selection.follow(*followed, budget - len(self.picks))
+        self.picks += picks
+        return gaps
 
     def _follow(self, pick: int) -> None:
         """Shows the leaders one pick of theirs; those that fell below the bound are followed no more."""
@@ -210,6 +221,9 @@ def _closer(x: Tensor, squares: Tensor, distance: Tensor, centres: Tensor) -> tu
         position = (relative <= (least + rounding)[:, None]).to(torch.uint8).argmax(1)[changed]
     else:
         position = torch.zeros_like(changed)
-    exact = torch.linalg.vector_norm(x[changed] - centres[position], dim=1)
+    if selection.takes(x):
+        exact = selection.distances(x, changed, centres, position)
+    else:
+        exact = torch.linalg.vector_norm(x[changed] - centres[position], dim=1)
     better = exact < distance[changed]
     return changed[better], exact[better], position[better]

@@ -64,7 +64,8 @@ def problem(
 
 def assert_near(found: Tensor, wanted: Tensor, exact: Tensor | None = None, *, slack: float = 2e-6) -> None:
     """To 1e-10 of ``wanted``; or no farther from ``exact`` than twice ``wanted`` is, or ``slack`` of the largest."""
-    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert found.dtype == wanted.dtype
+    assert found.shape == wanted.shape
     truth = wanted if exact is None else exact
     finite = truth.isfinite()
     assert torch.equal(found.isfinite(), finite)
@@ -104,7 +105,9 @@ def test_start_kernel_and_plan(shape: tuple[int, ...], dtype: torch.dtype) -> No
     p = problem(shape, dtype, zeros=True)
     f, g, reach = iterations.start_of(p)
     plain_f, plain_g, plain_reach = plainly(iterations.start_of, p)  # type: ignore[misc]
-    assert torch.equal(f, plain_f) and torch.equal(g, plain_g) and reach == plain_reach
+    assert reach == plain_reach
+    assert torch.equal(f, plain_f)
+    assert torch.equal(g, plain_g)
     found, wanted = DenseKernel(p, f, g), plainly(DenseKernel, p, f, g)
     exact = plainly(DenseKernel, wide(p), f.double(), g.double()).matrix  # type: ignore[attr-defined]
     assert_near(found.matrix, wanted.matrix, exact if dtype == torch.float32 else None)  # type: ignore[attr-defined]
@@ -122,8 +125,8 @@ def test_ten_iterations(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -
         f, g, _ = iterations.start_of(p)
         return iterations.advance(p, p.kernel(f, g), p.columns.reference, 10)
 
-    p = [problem(shape, dtype, kind, zeros=True) for _ in range(2)]
-    found, wanted, exact = advanced(p[0]), plainly(advanced, p[1]), plainly(advanced, wide(problem(shape, dtype, kind, zeros=True)))
+    p = [problem(shape, dtype, kind, zeros=True) for _ in range(3)]
+    found, wanted, exact = advanced(p[0]), plainly(advanced, p[1]), plainly(advanced, wide(p[2]))
     for name in ("f", "g", "u", "v", "s"):
         x, y, z = (getattr(solution, name) for solution in (found, wanted, exact))
         some = p[0].rows.mass > 0 if name in "fu" else p[0].columns.mass > 0
@@ -210,7 +213,8 @@ def test_the_same_bits_on_any_number_of_threads(threads: int) -> None:
         torch.set_num_threads(threads)
         for one, solve in zip(alone, solvers, strict=True):
             several = solve()
-            assert torch.equal(one.f, several.f) and torch.equal(one.g, several.g)
+            assert torch.equal(one.f, several.f)
+            assert torch.equal(one.g, several.g)
             assert torch.equal(one.plan, several.plan)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
@@ -275,7 +279,11 @@ def test_cuda_kernels(
     problems, n, k = shape
     cost, epsilon = draw(*shape, dtype=dtype) - 0.5 * points, 0.03
     of_row, of_column = (draw(problems, size, dtype=dtype, seed=5) * 0.5 if points else None for size in (n, k))
-    g, v, u = draw(problems, k, dtype=dtype, seed=1), draw(problems, k, dtype=dtype, seed=2), draw(problems, n, dtype=dtype)
+    g, v, u = (
+        draw(problems, k, dtype=dtype, seed=1),
+        draw(problems, k, dtype=dtype, seed=2),
+        draw(problems, n, dtype=dtype),
+    )
     if k > 2:
         g[:, 1] = -torch.inf
     arrays = {"cost": cost, "of_row": of_row, "of_column": of_column, "g": g, "v": v, "u": u, "log_u": u.log()}
