@@ -136,7 +136,7 @@ class PseudoLabels(PreciseBuffers):
         semantic_weight: float = 0.195,
         decay: bool = True,
         safeguard: bool = True,
-        psd_shift: bool = False,
+        psd_shift: bool = True,
         momentum: float = 1.0,
         max_iterations: int = 1000,
         tolerance: float = 1e-4,

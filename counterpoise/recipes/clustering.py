@@ -70,7 +70,7 @@ class Clustering(Recipe):
         views: of the training examples, two; None = :class:`~counterpoise.recipes.views.Views` as it comes.
         logit_scale: what cosines are multiplied by, > 0.
         bank_size: rows of logits; None = as many as training examples, at most 5,120.
-        bank_start, mass_start, mass_end, schedule, epsilon, penalty, semantic_weight, decay: see
+        bank_start, mass_start, mass_end, schedule, epsilon, penalty, semantic_weight, decay, psd_shift: see
             :class:`~counterpoise.ot.PseudoLabels`.
         num_neighbors, bandwidth: of "sp2ot", see :func:`~counterpoise.ot.knn_affinity`.
         seed: of k-means.
@@ -109,6 +109,7 @@ class Clustering(Recipe):
         penalty: float = 1.0,
         semantic_weight: float = 0.195,
         decay: bool = True,
+        psd_shift: bool = True,
         num_neighbors: int = 20,
         bandwidth: float = 2.0,
         seed: int = 0,
@@ -153,6 +154,7 @@ class Clustering(Recipe):
                     penalty=penalty,
                     semantic_weight=semantic_weight,
                     decay=decay,
+                    psd_shift=psd_shift,
                 )
                 for _ in range(heads)
             )
