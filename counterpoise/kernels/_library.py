@@ -143,6 +143,11 @@ def in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def wants_plain(upstream: Tensor) -> bool:
+    """Whether a backward pass must be differentiable or batched: its gradient then comes from the plain form."""
+    return torch.is_grad_enabled() or in_transform() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
 def differentiable(plain: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Tensor:
     """The gradient of ``plain`` at ``x`` times ``upstream``, with a graph of its own: for second derivatives."""
     with torch.enable_grad(), disabled():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, check_within, readable, reduce_losses
-from counterpoise.kernels._library import LIBRARY, TYPES, define, differentiable, transformed
+from counterpoise.kernels._library import LIBRARY, TYPES, define, differentiable, in_transform, wants_plain
 
 FOCAL, ASYMMETRIC, FOCAL_STAR = 0, 1, 2
 _TARGETS = TYPES | {torch.bool, torch.uint8, torch.int64}
@@ -101,6 +101,8 @@ def binary_loss(
     """
     check_reduction(reduction, normalizer)
     check_choice("inner", inner, INNERS)
+    if _only_plain(target, class_weight, weight):
+        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
     by_entry = logits.ndim == 1 or inner == "none"
     row = 1 if by_entry else math.prod(logits.shape[1:])
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -137,6 +139,13 @@ def binary_loss(
         normalizer=normalizer,
         sync=sync,
     )
+
+
+def _only_plain(target: Tensor, *others: Tensor | None) -> bool:
+    """Whether something besides the logits has a slope, or a transform is at work."""
+    if target.requires_grad or (not torch.compiler.is_compiling() and in_transform()):
+        return True
+    return any(x is not None and x.requires_grad for x in others)
 
 
 def _fitted(mask: Tensor, logits: Tensor, by_entry: bool) -> Tensor:
@@ -221,7 +230,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (logits,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed(upstream):
+        if wants_plain(upstream):
             return differentiable(ctx.plain, logits, upstream), None, None, None
         grad, ctx.grad = ctx.grad, None
         if grad is not None:
@@ -250,7 +259,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (logits,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed(upstream):
+        if wants_plain(upstream):
             return differentiable(lambda z: ctx.plain(z).flatten(), logits, upstream), None, None, None
         z = logits.contiguous()
         grad = torch.empty_like(z)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, combine_inner, reduce_losses
-from counterpoise.kernels._library import LIBRARY, define, differentiable, in_transform, runs_on
+from counterpoise.kernels._library import LIBRARY, define, differentiable, in_transform, runs_on, wants_plain
 
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
 NORMALIZERS = ("number", "count", "weight", "positives")  # what the kernel can divide by; the place is its code
@@ -241,7 +241,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        again = torch.is_grad_enabled() or in_transform()
+        again = wants_plain(upstream)
         if ctx.grad is not None and not again:
             grad, ctx.grad = ctx.grad, None
             scale = upstream.item()
@@ -272,7 +272,7 @@ class _Each(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         logits, state = ctx.saved_tensors
-        if torch.is_grad_enabled() or in_transform():
+        if wants_plain(upstream):
             options = (None, "none", "none", "count", False)
             flat = differentiable(lambda z: _call(ctx.plain, z, options).flatten(), logits, upstream)
             return flat, None, None, None

@@ -9,6 +9,7 @@ are slow. Entries without mass are left out of K, and of the division by their s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -182,15 +183,25 @@ class TiledKernel:
         r, u, s = torch.empty_like(self.f), torch.empty_like(self.f), torch.zeros_like(self.g)
         for start, stop, rows in self.parts:
             fused_tile, span = self._fused(start, stop), slice(start, stop)
-            if fused_tile is not None:
+            if fused_tile is not None and fused.runs_on(v, "transport_sweep"):
                 self.f[..., span], r[..., span], u[..., span], more = fused_tile.sweep(v, rows)
                 s += more
                 continue
-            tile = self._tile(start, stop)
-            r[..., span] = times(tile, v)
-            u[..., span] = rows.scaled(r[..., span], self.f[..., span])
-            s += times(tile.mT, u[..., span])
+            r[..., span], columns = self._halves(start, stop, fused_tile, v)
+            u[..., span] = some = rows.scaled(r[..., span], self.f[..., span])
+            s += columns(some)
         return r, u, s
+
+    def _halves(
+        self, start: int, stop: int, tile: fused.Tile | None, v: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """R of rows [start, stop), and what makes their part of S of U."""
+        if tile is None:
+            k = self._tile(start, stop)
+            return times(k, v), lambda u: times(k.mT, u)
+        f, r = tile.row_sums(v)
+        self.f[..., start:stop] = f
+        return r, lambda u: tile.column_sums(f, u)
 
     def log_sweep(self, one: Tensor) -> tuple[Tensor, Tensor] | None:
         """(U / alpha) and S of ``one`` in logarithms, in one pass; None where that is not to be had."""

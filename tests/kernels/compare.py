@@ -56,6 +56,8 @@ def assert_within_two_ulp(loss: Callable[[Tensor], Tensor], x: Tensor, dtype: to
     _, ours = value_and_grad(loss, narrow)
     with kernels.disabled():
         _, true = value_and_grad(loss, narrow.float())
+    if not true.numel():
+        return
     ulp = torch.finfo(dtype).eps * true.abs().clamp_min(torch.finfo(dtype).tiny)
     assert ours.dtype == dtype
     assert ((ours.float() - true.to(dtype).float()).abs() <= 2 * ulp + 2e-6 * true.abs().max()).all()

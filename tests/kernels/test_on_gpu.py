@@ -52,7 +52,7 @@ CLASSES = {
     "balanced softmax": lambda z, y, **o: balanced_softmax_loss(
         z, y, class_counts=counts(z.shape[1]).to(z.device), **o
     ),
-    "LDAM": lambda z, y, **o: ldam_loss(z / 20, y, class_counts=counts(z.shape[1]).to(z.device), **o),
+    "LDAM": lambda z, y, **o: ldam_loss(z, y, scale=1.5, class_counts=counts(z.shape[1]).to(z.device), **o),
     "softmax focal": lambda z, y, **o: softmax_focal_loss(z, y, **o),
     "asymmetric, one label": lambda z, y, **o: asymmetric_single_label_loss(z, y, **o),
 }
@@ -169,7 +169,7 @@ def test_transport(shape):
     cost = torch.rand(shape, generator=g, dtype=torch.float64).cuda()
     for solve in (
         partial(sinkhorn, epsilon=0.05, max_iterations=200),
-        partial(unbalanced_sinkhorn, epsilon=0.05, penalty_b=1.0, max_iterations=200),
+        partial(unbalanced_sinkhorn, epsilon=0.05, penalty_a=float("inf"), penalty_b=1.0, max_iterations=200),
     ):
         fused = solve(cost)
         with kernels.disabled():

@@ -277,12 +277,14 @@ def test_operators_keep_their_schemas() -> None:
     vector, weight, mask = torch.rand(7), torch.rand(5), torch.arange(5) > 0
     ops = torch.ops.counterpoise
     for kind in range(3):
-        settings = (logits, target, mask, vector, vector, vector, vector, kind, 2.0, 0.1, 2.0, 1.0, False, -100)
-        losses, state = ops.rows_each(*settings)
-        torch.library.opcheck(ops.rows_each.default, settings)
-        torch.library.opcheck(ops.rows_backward.default, (*settings, state, losses))
-        torch.library.opcheck(ops.rows_total.default, (*settings, weight, 1, 0.0))
-        torch.library.opcheck(ops.rows_total_grad.default, (*settings, None, 2, 0.0))
+        inputs = (logits, target, mask, vector, vector, vector, vector)
+        settings = [kind, 2.0, 0.1, 2.0, 1.0, False, -100, 1, 0.0]
+        losses, state, value, grad = torch.zeros(5), torch.zeros(5, 5), torch.zeros(()), torch.zeros(5, 7)
+        torch.library.opcheck(ops.rows_each, (*inputs, settings, losses, state))
+        ops.rows_each(*inputs, settings, losses, state)
+        torch.library.opcheck(ops.rows_backward, (*inputs, settings, state, losses, grad))
+        torch.library.opcheck(ops.rows_total, (*inputs, weight, settings, value, state, losses.clone(), None))
+        torch.library.opcheck(ops.rows_total, (*inputs, None, settings, value, None, None, grad))
 
 
 def test_class_vectors_follow_the_prior() -> None:
