@@ -113,7 +113,8 @@ def line(rows: int, clusters: int, mass: float, shifted: bool, rounds: int) -> s
     ratios = [a / b for a, b in zip(*times, strict=True)]
     low, median, high = min(ratios), statistics.median(ratios), max(ratios)
     return (
-        f"| {'convex' if shifted else 'as it is'} | {mass} | {medians[0]:.2f}, {medians[1]:.2f} s | {median:.3f} ({low:.3f} to {high:.3f}) | "
+        f"| {'convex' if shifted else 'as it is'} | {mass} | "
+        f"{medians[0]:.2f}, {medians[1]:.2f} s | {median:.3f} ({low:.3f} to {high:.3f}) | "
         f"{ends[0]:.4f}, {ends[1]:.4f} |"
     )
 

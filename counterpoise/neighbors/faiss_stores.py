@@ -7,7 +7,11 @@ would wait for ever. And FAISS forms distances as :math:`|q|^2 - 2 q^T x + |x|^2
 proposes candidates, and :mod:`~counterpoise.neighbors.exact` has the last word: both back ends give the same numbers.
 
 On GPUs, a copy of the index is made by ``index_cpu_to_gpus_list``, whole on every GPU or cut in shards
-(``GpuMultipleClonerOptions.shard``); the index on the host stays what is changed and saved. No GPU has run this yet.
+(``GpuMultipleClonerOptions.shard``); the index on the host stays what is changed and saved. Queries that are on a GPU
+go to a copy on a single GPU by ``faiss.contrib.torch_utils``, in float32 and contiguous, and what is found stays there;
+replicas and shards on several GPUs take them from the host. That module is imported at the first such query, not
+before: it puts methods of its own into FAISS' classes, whose ``search`` takes no parameters, so that everything on the
+host calls FAISS' own by ``search_numpy`` from then on. No GPU has run any of this yet.
 
 Source: Johnson et al., Billion-scale similarity search with GPUs, 2017; HNSW: Malkov and Yashunin, Efficient and robust
 approximate nearest neighbor search using Hierarchical Navigable Small World graphs, 2016.
@@ -15,6 +19,7 @@ approximate nearest neighbor search using Hierarchical Navigable Small World gra
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +65,26 @@ def threads_of_torch() -> Iterator[None]:
 def as_array(x: Tensor) -> Any:
     """Float32 rows as numpy, a view where they are that already."""
     return x.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def stays_on_gpu(queries: Tensor, searcher: Any) -> bool:
+    """Whether FAISS can read the queries where they are: on a GPU, as is the whole index, in one piece."""
+    return queries.is_cuda and hasattr(searcher, "getDevice")
+
+
+def search_arrays(searcher: Any, queries: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """FAISS' values and labels, (Q, k) each, on the host, whether or not its methods have been replaced."""
+    own = getattr(searcher, "search_numpy", searcher.search)
+    values, labels = own(as_array(queries), k, **options)
+    return torch.from_numpy(values), torch.from_numpy(labels)
+
+
+def search_tensors(searcher: Any, queries: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """FAISS' values and labels, (Q, k) each, on ``device``, where the index is, without a copy on the host."""
+    load_faiss()
+    importlib.import_module("faiss.contrib.torch_utils")
+    values, labels = searcher.search(queries.detach().to(device, torch.float32).contiguous(), k)
+    return values, labels
 
 
 @dataclass(frozen=True)
@@ -114,10 +139,15 @@ class FaissStore:
         return self._on_gpus
 
     def ask(self, queries: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """FAISS' own values and labels, (Q, k) each, on the host."""
+        """FAISS' own values and labels, (Q, k) each: on the GPU for queries there and an index there, else on the host.
+
+        Options are of a search on the host.
+        """
+        searcher = self.searcher(k)
         with threads_of_torch():
-            values, labels = self.searcher(k).search(as_array(queries), k, **options)
-        return torch.from_numpy(values), torch.from_numpy(labels)
+            if stays_on_gpu(queries, searcher):
+                return search_tensors(searcher, queries, k, torch.device("cuda", searcher.getDevice()))
+            return search_arrays(searcher, queries, k, **options)
 
     def approximate(self, queries: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
         """Costs, ascending, and labels; inf and -1 where there are no more."""
@@ -187,10 +217,11 @@ class FaissFlat(FaissStore):
         """Costs and ids of prepared queries, exactly."""
         if self._keys is None:
             self._keys = Keys(self.vectors, self.table.ids, self.metric)
-        return search(self._keys, queries.to("cpu", torch.float32), k, self._propose)
+        # the exact part is on the host, where the vectors are, the proposals where the queries came from
+        return search(self._keys, queries.to("cpu", torch.float32), k, lambda host, n: self._propose(queries, host, n))
 
-    def _propose(self, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        values, rows = self.ask(queries, count)
+    def _propose(self, given: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        values, rows = (x.cpu() for x in self.ask(given, count))
         if self.metric == "euclidean":
             return values.double() - queries.double().square().sum(1, keepdim=True), rows
         return -values, rows

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from counterpoise.neighbors import NeighborIndex, nearest_neighbors
+from counterpoise.neighbors import NeighborIndex, faiss_stores, nearest_neighbors
 from tests.neighbors.brute import neighbors_of
 from tests.neighbors.test_exact import METRICS, bits, normal
 from tests.pool import Pool
@@ -288,6 +291,98 @@ def test_gpus_are_asked_for_by_faiss_own_means(monkeypatch: pytest.MonkeyPatch, 
     assert calls == [(shard, list(range(gpus)), n) for n in (50, 40)]
     with pytest.raises(ValueError, match="k is 2508, expected at most 2048 on a GPU"):
         NeighborIndex(8, num_gpus=1)._store.searcher(2508)
+
+
+# Tensors of a GPU, as far as a CPU can tell
+
+
+class OnOneGPU:
+    """What FAISS gives for one GPU, with its vectors on the host."""
+
+    def __init__(self, index: Any) -> None:
+        self.index, self.given = index, []
+
+    def getDevice(self) -> int:
+        return 0
+
+    def search(self, x: Any, k: int) -> Any:
+        self.given.append(x)
+        return self.index.search(x, k)
+
+
+@needs_faiss
+def test_only_queries_on_a_gpu_for_an_index_in_one_piece_there_skip_the_host() -> None:
+    here, there = (SimpleNamespace(is_cuda=at) for at in (False, True))
+    whole, shards = OnOneGPU(None), object()
+    told = [faiss_stores.stays_on_gpu(x, index) for x in (here, there) for index in (whole, shards)]  # type: ignore[arg-type]
+    assert told == [False, False, True, False]
+
+
+IN_A_PROCESS_OF_ITS_OWN = """
+import faiss, sys, torch
+from counterpoise.neighbors import KMeans, NeighborIndex
+from counterpoise.neighbors import faiss_stores as stores
+from tests.neighbors.test_exact import normal
+from tests.neighbors.test_index import OnOneGPU
+
+keys, queries, cpu = normal(300), normal(20, seed=1), torch.device("cpu")
+kinds = {"flat": {}, "ivf": {"num_lists": 4}, "hnsw": {}}
+
+def found():
+    answers = []
+    for kind, options in kinds.items():
+        index = NeighborIndex(8, "euclidean", kind=kind, backend="faiss", **options)
+        index.add(keys[:200])
+        index.search(queries, 3)
+        index.add(keys[200:])
+        index.update(torch.arange(5), keys[50:55])
+        index.remove(torch.arange(90, 99))
+        answers += index.search(queries, 5)
+    return [*answers, KMeans(3, backend="faiss").fit(keys).centroids]
+
+before = found()
+assert "faiss.contrib.torch_utils" not in sys.modules, "nothing on the host needs it"
+index = faiss.IndexFlatL2(8)
+index.add(keys.numpy())
+expected = stores.search_arrays(index, queries, 5)
+for given in (queries, queries.double(), queries.T.contiguous().T, queries.repeat(1, 2)[:, :8]):
+    one = OnOneGPU(index)
+    values, labels = stores.search_tensors(one, given, 5, cpu)
+    assert "faiss.contrib.torch_utils" in sys.modules
+    (x,) = one.given
+    assert x.dtype == torch.float32 and x.is_contiguous() and x.device == cpu
+    assert isinstance(values, torch.Tensor) and labels.dtype == torch.int64
+    torch.testing.assert_close((values, labels), expected)
+    assert (x.data_ptr() == queries.data_ptr()) == (given is queries), "a copy only where one is needed"
+for a, b in zip(before, found(), strict=True):
+    assert torch.equal(a, b), "the host's calls go on as before"
+
+# the whole way, with the host in the part of the GPU
+stores.stays_on_gpu = lambda queries, searcher: hasattr(searcher, "getDevice")
+real, used = stores.search_tensors, []
+stores.search_tensors = lambda s, q, k, device: (used.append(device), real(s, q, k, cpu))[1]
+for kind, options in kinds.items():
+    if kind != "hnsw":
+        index = NeighborIndex(8, "euclidean", kind=kind, backend="faiss", **options)
+        index.add(keys)
+        plain = index.search(queries, 5)
+        index._store.searcher = lambda k, store=index._store: OnOneGPU(store.index)
+        torch.testing.assert_close(index.search(queries, 5), plain)
+assert used == [torch.device("cuda", 0)] * 2
+"""
+
+
+@needs_faiss
+def test_tensors_reach_an_index_on_a_gpu_as_faiss_asks_and_the_host_is_left_alone() -> None:
+    """In a process of its own, as FAISS' torch_utils changes its classes for good."""
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # Torch alone
