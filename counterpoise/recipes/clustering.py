@@ -50,7 +50,7 @@ class Clustering(Recipe):
     """Clusters of unequal size: ``Clustering(MLP(64, 10, hidden=[]), CrossEntropyLoss(), num_classes=10, ...)``.
 
     The model's last linear layer is not used. clusters.npz holds the clusters of the training split (``index``,
-    ``cluster``, ``confidence``), predictions.npz the logits of the test split.
+    ``cluster``, ``confidence``), predictions.npz the embeddings and logits of the test split.
 
     Args:
         model: inputs to logits, with a linear layer as its last.
@@ -325,9 +325,10 @@ class Clustering(Recipe):
         self._resumed = True
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """What predictions.npz holds: index, logits (N, K), and target where classes are known."""
+        """What predictions.npz holds: index, embedding (N, d), logits (N, K), and target where classes are known."""
         kept: Batch = {name: batch[name] for name in ("index", "target") if name == "index" or self.labelled}
-        return kept | {"logits": self(batch["input"]).float()}
+        z = self.embed(batch["input"])
+        return kept | {"embedding": z.float(), "logits": self.logits(z, int(self.best_head)).float()}
 
     def _compare(self, logits: Tensor, target: Tensor, class_counts: Sequence[int] | None) -> Any:
         return clustering_metrics(

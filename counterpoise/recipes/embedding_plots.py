@@ -1,8 +1,9 @@
-"""Plots of embeddings: a map of points by class, bands over epochs, and shares in bins."""
+"""Plots of embeddings: maps of points by class, bands over epochs, and shares in bins."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,28 +18,45 @@ MOST_NAMED = 20
 
 def map_plot(points: np.ndarray, classes: np.ndarray, names: Sequence[str], *, key: str) -> str:
     """Points (N, 2) coloured by their class (N,); classes beyond twenty share the legend's last entry."""
-    palette = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure((SIZE[0], 4.4), layout="constrained")
-        axes = figure.subplots()
-        for i, c in enumerate(np.unique(classes)):
-            chosen = points[classes == c]
-            label = short_name(names[c]) if i < MOST_NAMED else None
-            marker = MARKERS[i // 10 % len(MARKERS)]
-            axes.scatter(
-                chosen[:, 0],
-                chosen[:, 1],
-                s=9,
-                color=palette[i % 10],
-                marker=marker,
-                alpha=0.75,
-                linewidths=0,
-                label=label,
-            )
-        axes.set_xticks([])
-        axes.set_yticks([])
+        _coloured(figure.subplots(), points, classes, names)
         figure.legend(loc="outside right upper", fontsize=8, markerscale=2)
         return to_svg(figure, key)
+
+
+def maps_plot(
+    points: np.ndarray,
+    panels: Mapping[str, tuple[np.ndarray, Sequence[str]]],
+    *,
+    key: str,
+    lines: Sequence[tuple[int, int]] = (),
+) -> str:
+    """The same points (N, 2), a panel below another for each of their labels (N,) with names; ``lines`` join some."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure((SIZE[0], 3.6 * len(panels)), layout="constrained")
+        for axes, (title, (labels, names)) in zip(
+            figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+        ):
+            for a, b in lines:
+                axes.plot(*points[[a, b]].T, color=COLORS["muted"], linewidth=0.4, alpha=0.5, zorder=0)
+            _coloured(axes, points, labels, names)
+            axes.set_title(title)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, markerscale=2)
+        return to_svg(figure, key)
+
+
+def _coloured(axes: Any, points: np.ndarray, classes: np.ndarray, names: Sequence[str]) -> None:
+    """Points by class, each in a colour and shape of its own."""
+    palette = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for i, c in enumerate(np.unique(classes)):
+        chosen = points[classes == c]
+        label = short_name(names[c]) if i < MOST_NAMED else None
+        marker = MARKERS[i // 10 % len(MARKERS)]
+        look = {"color": palette[i % 10], "marker": marker, "alpha": 0.75, "linewidths": 0, "label": label}
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=9, **look)
+    axes.set_xticks([])
+    axes.set_yticks([])
 
 
 def band_plot(x: np.ndarray, bands: Mapping[str, Sequence[np.ndarray]], *, title: str, key: str) -> str:
@@ -70,4 +88,4 @@ def share_plot(edges: np.ndarray, shares: dict[str, np.ndarray], *, key: str, ti
         return to_svg(figure, key)
 
 
-__all__ = ["band_plot", "map_plot", "share_plot"]
+__all__ = ["band_plot", "map_plot", "maps_plot", "share_plot"]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from counterpoise._core import check_number
+from counterpoise.contrastive import collapse_statistics
 from counterpoise.recipes.data.datamodule import LabelledData
 from counterpoise.recipes.embedding_evaluation import (
     LinearProbe,
@@ -144,7 +145,7 @@ class Paired(Recipe):
         self._seen.append((image.float(), table.float()))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs recalls, median ranks, and the cosines of matching and of other pairs."""
+        """Logs recalls, median ranks, the cosines of matching and of other pairs, and the signs of collapse."""
         image, table = (torch.cat(column) for column in zip(*self._seen, strict=True))
         self._seen = []
         for name, value in _retrieval(image, table).items():
@@ -153,6 +154,8 @@ class Paired(Recipe):
         if len(pairs[1]):
             for name, value in similarity_quantiles(*pairs).items():
                 self.log(f"val/{name}", value)
+            for name, sign in _collapse(image[:MOST_WATCHED], table[:MOST_WATCHED]).items():
+                self.log(f"val/{name}", sign)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What predictions.npz holds: index, target, features of the image, and both embeddings."""
@@ -227,6 +230,12 @@ def _needs(loss: nn.Module) -> tuple[str, ...]:
 def _both(image: Tensor, table: Tensor) -> Any:
     """Queries and keys by direction."""
     return zip(DIRECTIONS, ((image, table), (table, image)), strict=True)
+
+
+def _collapse(image: Tensor, table: Tensor) -> dict[str, Tensor]:
+    """Spread, rank and uniformity of either modality, and the alignment of pairs."""
+    rows = collapse_statistics(table)._asdict()
+    return collapse_statistics(image, table)._asdict() | {f"table_{k}": x for k, x in rows.items() if k != "alignment"}
 
 
 def _retrieval(image: Tensor, table: Tensor) -> dict[str, float]:

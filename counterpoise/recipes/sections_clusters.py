@@ -9,6 +9,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from counterpoise.recipes.cluster_plots import contingency_plot, mass_plot
+from counterpoise.recipes.embedding_plots import maps_plot
 from counterpoise.recipes.report_data import NotAvailable, RunFolder
 from counterpoise.recipes.report_pictures import decoded, encoded
 from counterpoise.recipes.report_plots import curve_plot, learning_plot, picture_plot
@@ -23,6 +24,7 @@ from counterpoise.recipes.report_sections import (
     Table,
     format_metric,
 )
+from counterpoise.recipes.sections_embeddings import chosen, in_plane, unit_rows
 
 SHOWN, MEMBERS = 10, 8  # clusters with pictures, and pictures of each
 
@@ -56,6 +58,21 @@ def contingency_figure(run: RunFolder) -> Figure:
     said = "Each row is a class, from the largest down: the share of it in each cluster, its own on the diagonal. "
     said += f"No cluster holds half of {', '.join(split[:5])}." if split else "Half of every class is in one cluster."
     return Figure(Markup(svg), f"Heat map of {len(names)} classes and {len(table)} clusters. {said}", said)
+
+
+def map_figure(run: RunFolder) -> Figure:
+    """Test embeddings in the plane, by cluster, and once more by class where classes are known."""
+    x = unit_rows(run, "embedding")
+    found = chosen(run.predictions["logits"])
+    panels = {"Clusters": (found.argmax(1), [f"cluster {k}" for k in range(found.shape[1])])}
+    said = f"{len(x)} test examples, coloured by cluster"
+    if "target" in run.predictions:
+        classes = chosen(run.predictions["target"])
+        names = [str(name) for name in run.metrics.get("class_names") or range(classes.max() + 1)]
+        panels["Classes"] = (classes, names)
+        said += ", and below by class"
+    said += "; near points have near embeddings, distances say little."
+    return Figure(Markup(maps_plot(in_plane(x), panels, key="map")), f"Map of embeddings in the plane. {said}", said)
 
 
 def picture_figure(run: RunFolder) -> Figure:
@@ -146,7 +163,8 @@ def cluster_pictures(data: Any, cluster: Tensor, confidence: Tensor) -> list[lis
 
 def cluster_sections(labelled: bool) -> tuple[Section, ...]:
     """Those of a report, with or without what needs classes."""
-    clusters: dict[str, Any] = {"Mass over time": mass_figure, "Pictures by cluster": picture_figure}
+    clusters: dict[str, Any] = {"Mass over time": mass_figure, "Map": map_figure}
+    clusters |= {"Pictures by cluster": picture_figure}
     if not labelled:
         blocks = {**clusters, "Learning curves": learning_figure, "Table of clusters": cluster_table}
         return (RESULTS, Section("Clusters", blocks), *CLOSING)

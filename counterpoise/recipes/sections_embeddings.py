@@ -33,21 +33,34 @@ SIGNS = {
 }
 
 
-def map_figure(run: RunFolder) -> Figure:
-    """Test features in the plane, by t-SNE from their principal components."""
-    from sklearn.manifold import TSNE
-
-    if "features" not in run.predictions:
-        raise NotAvailable(run.problems.get("predictions.npz", "predictions.npz has no features"))
-    features, target = run.predictions["features"], run.predictions["target"]
-    step = max(1, len(features) // MAPPED)
-    x, classes = features[::step][:MAPPED], target[::step][:MAPPED]
+def unit_rows(run: RunFolder, name: str, most: int = MAPPED) -> np.ndarray:
+    """(M, d) of the test embeddings under ``name``, evenly chosen, each divided by its length."""
+    if name not in run.predictions:
+        raise NotAvailable(run.problems.get("predictions.npz", f"predictions.npz has no {name}"))
+    x = chosen(run.predictions[name], most)
     if len(x) < 10 or not np.isfinite(x).all():
         raise NotAvailable("fewer than ten test features, or some that are not finite")
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    tsne = TSNE(init="pca", perplexity=min(30, len(x) / 4), max_iter=500, random_state=0)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def chosen(rows: np.ndarray, most: int = MAPPED) -> np.ndarray:
+    """At most so many of the rows, evenly."""
+    return rows[:: max(1, len(rows) // most)][:most]
+
+
+def in_plane(x: np.ndarray) -> np.ndarray:
+    """(M, 2) for rows (M, d), by t-SNE from their principal components."""
+    from sklearn.manifold import TSNE
+
+    return TSNE(init="pca", perplexity=min(30, len(x) / 4), max_iter=500, random_state=0).fit_transform(x)
+
+
+def map_figure(run: RunFolder) -> Figure:
+    """Test features in the plane."""
+    x = unit_rows(run, "features")
+    classes = chosen(run.predictions["target"])
     names = [str(name) for name in run.metrics.get("class_names") or range(classes.max() + 1)]
-    svg = map_plot(tsne.fit_transform(x), classes, names, key="map")
+    svg = map_plot(in_plane(x), classes, names, key="map")
     said = f"{len(x)} test examples, coloured by class; near points have near features, distances say little."
     return Figure(Markup(svg), f"Map of embeddings in the plane. {said}", said)
 

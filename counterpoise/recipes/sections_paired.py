@@ -13,16 +13,34 @@ from matplotlib.ticker import StrMethodFormatter
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from counterpoise.recipes.embedding_plots import band_plot, share_plot
+from counterpoise.recipes.embedding_plots import band_plot, maps_plot, share_plot
 from counterpoise.recipes.report_data import NotAvailable, RunFolder
 from counterpoise.recipes.report_pictures import decoded, encoded
-from counterpoise.recipes.report_plots import COLORS, SIZE, STYLE, learning_plot, percent_axis, picture_plot, to_svg
+from counterpoise.recipes.report_plots import (
+    COLORS,
+    SIZE,
+    STYLE,
+    curve_plot,
+    learning_plot,
+    percent_axis,
+    picture_plot,
+    to_svg,
+)
 from counterpoise.recipes.report_sections import CLOSING, RESULTS, Figure, Section
 from counterpoise.recipes.retrieval import recall_at
-from counterpoise.recipes.sections_embeddings import class_table
+from counterpoise.recipes.sections_embeddings import chosen, class_table, in_plane, unit_rows
 
 SHOWN, RETRIEVED = 6, 6  # rows of a table, and the images that each retrieves
 SAID = 2  # of a row's entries, those farthest from the mean
+MAPPED, JOINED = 400, 60  # test pairs of the map, and those of which the two are joined
+SIGNS = {
+    "val/std": "spread of images (1 = whole sphere)",
+    "val/table_std": "spread of rows",
+    "val/alignment": "alignment (0 = partners coincide)",
+    "val/uniformity": "uniformity of images (0 = one point)",
+    "val/table_uniformity": "uniformity of rows",
+}
+RANKS = {"val/effective_rank": "images", "val/table_effective_rank": "rows"}
 SCORES = ("recall_at_1", "recall_at_5", "recall_at_10")
 
 
@@ -96,6 +114,48 @@ def bands_figure(run: RunFolder) -> Figure:
     return Figure(Markup(svg), f"Two bands over epochs. {said}", said)
 
 
+def map_figure(run: RunFolder) -> Figure:
+    """Test embeddings of both modalities in one plane, and once more by class where there are any."""
+    sides = [unit_rows(run, name, MAPPED) for name in ("image", "table")]
+    n = len(sides[0])
+    panels = {"Modalities": (np.repeat([0, 1], n), ["images", "rows"])}
+    names = [str(name) for name in run.metrics.get("class_names") or []]
+    if len(names) > 1:
+        panels["Classes"] = (np.tile(chosen(run.predictions["target"], MAPPED), 2), names)
+    joined = [(i, n + i) for i in range(0, n, max(1, n // JOINED))][:JOINED]
+    svg = maps_plot(in_plane(np.concatenate(sides)), panels, key="map", lines=joined)
+    apart = float(np.linalg.norm(sides[0].mean(0) - sides[1].mean(0)))
+    said = (
+        f"{n} test images and their rows, {len(joined)} of them joined, coloured by modality"
+        f"{', and below by class' if len(panels) > 1 else ''}. The centres of the two modalities are {apart:.2f} apart, "
+        f"of vectors of length one; distances on the map say little."
+    )
+    return Figure(Markup(svg), f"Map of embeddings in the plane. {said}", said)
+
+
+def _curves(run: RunFolder, named: dict[str, str]) -> dict[str, np.ndarray]:
+    curves = {label: run.history[name] for name, label in named.items() if name in run.history}
+    if not curves:
+        raise NotAvailable(run.problems.get("history.csv", "history.csv has no signs of collapse"))
+    return curves
+
+
+def collapse_figure(run: RunFolder) -> Figure:
+    """Spread and uniformity of either modality, and how far partners are apart, by epoch."""
+    curves = _curves(run, SIGNS)
+    svg = curve_plot(run.history["epoch"], curves, title="Signs of collapse", key="collapse")
+    said = "Of validation pairs. Collapsed embeddings have spread 0 and uniformity 0; alignment alone may be collapse."
+    return Figure(Markup(svg), f"Curves over {len(run.history['epoch'])} epochs. {said}", said)
+
+
+def rank_figure(run: RunFolder) -> Figure:
+    """Effective rank of either modality by epoch."""
+    curves = _curves(run, RANKS)
+    svg = curve_plot(run.history["epoch"], curves, title="Directions in use (effective rank)", key="rank")
+    said = "In the last epoch " + ", ".join(f"{x[-1]:.1f} of {label}" for label, x in curves.items()) + "."
+    return Figure(Markup(svg), f"Curves over {len(run.history['epoch'])} epochs. {said}", said)
+
+
 def learning_figure(run: RunFolder) -> Figure:
     """The objective and the recalls."""
     if not run.history:
@@ -140,12 +200,15 @@ RETRIEVAL = Section(
         "Learning curves": learning_figure,
     },
 )
+EMBEDDINGS = Section(
+    "Embeddings", {"Map": map_figure, "Signs of collapse": collapse_figure, "Effective rank": rank_figure}
+)
 
 
 def paired_sections(*, labelled: bool) -> tuple[Section, ...]:
     """The sections of a run, with a table of classes where there are any."""
     classes = (Section("Classes", {"Table of classes": class_table}),) if labelled else ()
-    return (RESULTS, RETRIEVAL, *classes, *CLOSING)
+    return (RESULTS, RETRIEVAL, EMBEDDINGS, *classes, *CLOSING)
 
 
 __all__ = ["paired_sections", "rank_curve", "retrieved_pictures"]

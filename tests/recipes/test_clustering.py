@@ -75,6 +75,9 @@ def test_it_finds_clusters_of_unequal_size(labels: str, file: Path, tmp_path: Pa
     page = found.report.read_text()
     assert "Table of clusters" not in page  # the name of a block that failed
     assert "Each row is a class" in page
+    assert "test examples, coloured by cluster, and below by class" in page
+    predictions = np.load(found.folder / "predictions.npz")
+    assert predictions["embedding"].shape == (len(predictions["logits"]), 8)
     assert ("largest of 4 clusters" in page) == (labels != "k_means")
     saved = np.load(tmp_path / "run" / "clusters.npz")
     assert saved["cluster"].shape == (len(data.splits.train),)
@@ -209,6 +212,7 @@ def test_data_without_classes_are_clustered_too(tmp_path: Path) -> None:
     assert sum(metrics["clusters"]["size"]) == metrics["class_counts"][0]
     page = (done.runs[0] / "report.html").read_text()
     assert "The data have no classes" in page
+    assert "coloured by cluster; near points" in page
     assert "metrics.json has no" not in page
 
 

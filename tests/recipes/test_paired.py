@@ -289,7 +289,27 @@ def test_it_learns_and_the_report_shows_what_was_retrieved(tmp_path: Path) -> No
     assert sum(result.metrics["similarities"]["negative"]) == pytest.approx(1)
     assert result.metrics["recalls"]["table_to_image"]["recall"][-1] == 1
     html = result.report.read_text()
-    for shown in ("Small images", "Among the best 5 of 400", "image and its row", "Recall at 5", "Linear probe"):
+    history = (tmp_path / "history.csv").read_text().splitlines()[0].split(",")
+    signs = (
+        "std",
+        "effective_rank",
+        "alignment",
+        "uniformity",
+        "table_std",
+        "table_effective_rank",
+        "table_uniformity",
+    )
+    assert {f"val/{name}" for name in signs} <= set(history)
+    assert "val/table_alignment" not in history
+    for shown in (
+        "400 test images and their rows, 60 of them joined, coloured by modality, and below by class",
+        *("Signs of collapse", "alignment (0 = partners coincide)", "spread of rows", "Directions in use"),
+        "Small images",
+        "Among the best 5 of 400",
+        "image and its row",
+        "Recall at 5",
+        "Linear probe",
+    ):
         assert shown in html
     assert "could not be" not in html
 
