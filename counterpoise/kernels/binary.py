@@ -184,7 +184,7 @@ def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) 
     if torch.compiler.is_compiling():
         return _TracedTotal.apply(logits, *inputs, settings)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Total.apply(logits, inputs, settings, plain)
+        return _Total.apply(logits, (inputs, settings, plain))
     value = _new(logits)
     _total_op(logits.contiguous(), *inputs, settings, value, None, None)
     return value
@@ -195,12 +195,13 @@ def _rows(logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -
     if torch.compiler.is_compiling():
         return _TracedRows.apply(logits, *inputs, settings)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Rows.apply(logits, inputs, settings, plain)
+        return _Rows.apply(logits, (inputs, settings, plain))
     return _run_rows(logits.contiguous(), inputs, settings)
 
 
 def _new(logits: Tensor, *shape: int) -> Tensor:
-    return logits.new_empty(shape, dtype=None if logits.dtype == torch.float64 else torch.float32)
+    wide = logits.dtype == torch.float32 or logits.dtype == torch.float64
+    return logits.new_empty(shape) if wide else logits.new_empty(shape, dtype=torch.float32)
 
 
 def _run_rows(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor, Tensor]:
@@ -217,54 +218,57 @@ class _Total(torch.autograd.Function):
     """The reduced loss. On the host the gradient comes with it, and the first backward pass takes it away."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> Tensor:
-        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
+    def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Plain]) -> Tensor:
+        ctx.call, (inputs, settings, _) = call, call
         ctx.save_for_backward(logits)
         value, z = _new(logits), logits.contiguous()
         # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it.
         ctx.grad = torch.empty_like(z) if logits.is_cpu and logits.dtype != torch.float16 else None
-        ctx.divisor = None if logits.is_cpu else _new(logits)
+        ctx.divisor = _new(logits) if ctx.grad is None else None
         _total_op(z, *inputs, settings, value, ctx.divisor, ctx.grad)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (logits,) = ctx.saved_tensors
-        if wants_plain(upstream):
-            return differentiable(ctx.plain, logits, upstream), None, None, None
-        grad, ctx.grad = ctx.grad, None
-        if grad is not None:
+        again = wants_plain(upstream)
+        if ctx.grad is not None and not again:
+            grad, ctx.grad = ctx.grad, None
             scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None, None, None
+            return (grad if scale == 1 else grad.mul_(scale)), None
+        inputs, settings, plain = ctx.call
+        (logits,) = ctx.saved_tensors
+        if again:
+            return differentiable(plain, logits, upstream), None
         z = logits.contiguous()
-        if ctx.divisor is None:  # the graph was retained on the host
+        if ctx.divisor is None:  # the graph was retained
             ctx.divisor = _new(logits)
-            _total_op(z, *ctx.inputs, ctx.settings, _new(logits), ctx.divisor, None)
+            _total_op(z, *inputs, settings, _new(logits), ctx.divisor, None)
         grad = torch.empty_like(z)
-        _total_backward_op(z, *ctx.inputs, ctx.settings, upstream, ctx.divisor, grad)
-        return grad, None, None, None
+        _total_backward_op(z, *inputs, settings, upstream, ctx.divisor, grad)
+        return grad, None
 
 
 class _Rows(torch.autograd.Function):
     """Sums of rows, and how many entries of each count."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Plain) -> tuple[Tensor, Tensor]:
-        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
+    def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Plain]) -> tuple[Tensor, Tensor]:
+        ctx.call = call
         ctx.save_for_backward(logits)
-        sums, counts = _run_rows(logits.contiguous(), inputs, settings)
+        sums, counts = _run_rows(logits.contiguous(), *call[:2])
         ctx.mark_non_differentiable(counts)
         return sums, counts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, settings, plain = ctx.call
         (logits,) = ctx.saved_tensors
         if wants_plain(upstream):
-            return differentiable(lambda z: ctx.plain(z).flatten(), logits, upstream), None, None, None
+            return differentiable(lambda z: plain(z).flatten(), logits, upstream), None
         z = logits.contiguous()
         grad = torch.empty_like(z)
-        _rows_backward_op(z, *ctx.inputs, ctx.settings, upstream.contiguous(), grad)
-        return grad, None, None, None
+        _rows_backward_op(z, *inputs, settings, upstream.contiguous(), grad)
+        return grad, None
 
 
 class _TracedTotal(torch.autograd.Function):

@@ -21,7 +21,7 @@ from counterpoise.kernels._library import LIBRARY, define, differentiable, in_tr
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
 NORMALIZERS = ("number", "count", "weight", "positives")  # what the kernel can divide by; the place is its code
 _INPUTS = (
-    "Tensor logits, Tensor target, Tensor? mask, Tensor? additive, Tensor? multiplicative, Tensor? margin, "
+    "Tensor logits, Tensor target, Tensor? mask, Tensor? multiplicative, Tensor? additive, Tensor? margin, "
     "Tensor? class_weight"
 )
 _STATE = 5  # numbers a row
@@ -63,10 +63,7 @@ def row_loss(
     target: Tensor,
     plain: Callable[..., Tensor],
     *,
-    additive: Tensor | None = None,
-    multiplicative: Tensor | None = None,
-    margin: Tensor | None = None,
-    class_weight: Tensor | None = None,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     scale: float = 1.0,
     smoothing: float = 0.0,
     gamma_pos: float = 0.0,
@@ -85,6 +82,7 @@ def row_loss(
     Args:
         kind: which formula: CROSS_ENTROPY, FOCAL or ASYMMETRIC.
         plain: its plain form, ``plain(logits, weight=, inner=, reduction=, normalizer=, sync=)``.
+        vectors: multiplicative, additive, margin and class weights, each (C,) or None.
 
     Raises:
         ValueError: a class index out of range; on an accelerator an assertion on the device.
@@ -97,15 +95,8 @@ def row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
     flat_mask = None if mask is None else _by_entry(mask, y)
-    weights = None if class_weight is None else _vector(class_weight, logits, computed)
-    inputs = (
-        y.contiguous() if y.ndim == 1 else y.reshape(-1),
-        flat_mask,
-        None if additive is None else _vector(additive, logits, computed),
-        None if multiplicative is None else _vector(multiplicative, logits, computed),
-        None if margin is None else _vector(margin, logits, computed),
-        weights,
-    )
+    dense = [x if x is None else x.to(logits.device, computed).contiguous() for x in vectors]
+    inputs = (y.contiguous() if y.ndim == 1 else y.reshape(-1), flat_mask, *dense)
     settings = [kind, scale, smoothing, gamma_pos, gamma_neg, detach, ignore_index]
     try:
         if not (sync or reduction == "none" or logits.ndim > 2):
@@ -125,7 +116,7 @@ def row_loss(
     carried = None
     if normalizer == "weight":
         ones = torch.ones_like(losses, requires_grad=False)
-        carried = combine_inner(ones if weights is None else weights[y.where(counted, 0)], counted, inner)[0]
+        carried = combine_inner(ones if dense[3] is None else dense[3][y.where(counted, 0)], counted, inner)[0]
     return reduce_losses(
         rows,
         counted=counted_rows,
@@ -136,10 +127,6 @@ def row_loss(
         normalizer=normalizer,
         sync=sync,
     )
-
-
-def _vector(x: Tensor, logits: Tensor, computed: torch.dtype) -> Tensor:
-    return x.to(logits.device, computed).contiguous()
 
 
 def _by_entry(mask: Tensor, y: Tensor) -> Tensor:
@@ -184,7 +171,7 @@ def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callabl
     if torch.compiler.is_compiling():
         return _TracedTotal.apply(logits, settings, *inputs)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Total.apply(logits, inputs, settings, plain, o)
+        return _Total.apply(logits, (inputs, settings, plain, o))
     return _run_total(logits.contiguous(), inputs, settings)[0]
 
 
@@ -193,12 +180,13 @@ def _each(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable
     if torch.compiler.is_compiling():
         return _TracedEach.apply(logits, settings, *inputs)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Each.apply(logits, inputs, settings, plain)
+        return _Each.apply(logits, (inputs, settings, plain))
     return _run_each(_as_rows(logits), inputs, settings)[0]
 
 
 def _new(logits: Tensor, *shape: int) -> Tensor:
-    return logits.new_empty(shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    wide = logits.dtype == torch.float32 or logits.dtype == torch.float64
+    return logits.new_empty(shape) if wide else logits.new_empty(shape, dtype=torch.float32)
 
 
 def _run_total(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,10 +212,8 @@ class _Total(torch.autograd.Function):
     """The reduced loss of logits (N, C). On the host the first backward pass takes the gradient that came with it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor], options: Options
-    ) -> Tensor:
-        ctx.inputs, ctx.settings, ctx.plain, ctx.options = inputs, settings, plain, options
+    def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Callable[..., Tensor], Options]) -> Tensor:
+        ctx.call, (inputs, settings, *_) = call, call
         ctx.save_for_backward(logits)
         z = logits.contiguous()
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
@@ -245,39 +231,37 @@ class _Total(torch.autograd.Function):
         if ctx.grad is not None and not again:
             grad, ctx.grad = ctx.grad, None
             scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None, None, None, None
+            return (grad if scale == 1 else grad.mul_(scale)), None
+        inputs, settings, plain, options = ctx.call
         (logits,) = ctx.saved_tensors
         if again:
-            grad = differentiable(lambda z: _call(ctx.plain, z, ctx.options), logits, upstream)
-            return grad, None, None, None, None
+            return differentiable(lambda z: _call(plain, z, options), logits, upstream), None
         z = logits.contiguous()
         if ctx.kept is None:  # the graph was retained
-            ctx.kept = _run_total(z, ctx.inputs, ctx.settings)[1:]
+            ctx.kept = _run_total(z, inputs, settings)[1:]
         state, factor = ctx.kept
-        return _run_backward(z, ctx.inputs[:6], ctx.settings, state, factor * upstream), None, None, None, None
+        return _run_backward(z, inputs[:6], settings, state, factor * upstream), None
 
 
 class _Each(torch.autograd.Function):
     """One loss an entry, flat, of logits (N, C, ...)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor]
-    ) -> Tensor:
-        ctx.inputs, ctx.settings, ctx.plain = inputs, settings, plain
-        losses, state = _run_each(_as_rows(logits), inputs, settings)
+    def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Callable[..., Tensor]]) -> Tensor:
+        ctx.call = call
+        losses, state = _run_each(_as_rows(logits), *call[:2])
         ctx.save_for_backward(logits, state)
         return losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, settings, plain = ctx.call
         logits, state = ctx.saved_tensors
         if wants_plain(upstream):
             options = (None, "none", "none", "count", False)
-            flat = differentiable(lambda z: _call(ctx.plain, z, options).flatten(), logits, upstream)
-            return flat, None, None, None
-        grad = _run_backward(_as_rows(logits), ctx.inputs, ctx.settings, state, upstream.contiguous())
-        return _as_logits(grad, logits), None, None, None
+            return differentiable(lambda z: _call(plain, z, options).flatten(), logits, upstream), None
+        grad = _run_backward(_as_rows(logits), inputs, settings, state, upstream.contiguous())
+        return _as_logits(grad, logits), None
 
 
 class _TracedTotal(torch.autograd.Function):

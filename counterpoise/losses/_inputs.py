@@ -55,7 +55,7 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
     if logits.ndim < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C) or (N, C, d1, ...)")
     alone = mask is None and weight is None and logits.ndim == 2 and not target.is_floating_point()
-    if alone and target.ndim == 1 and len(target) == len(logits):  # what comes nearly always
+    if alone and target.ndim == 1 and target.shape[0] == logits.shape[0]:  # what comes nearly always
         return
     indices_shape = logits.shape[:1] + logits.shape[2:]
     if target.is_floating_point():

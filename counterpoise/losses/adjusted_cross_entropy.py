@@ -19,7 +19,6 @@ Source: Menon et al., Long-tail learning via logit adjustment, 2021 (pairwise fo
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +38,9 @@ from counterpoise.losses._inputs import (
     expand_mask,
     smooth,
 )
+
+VECTORS = ("multiplicative", "additive", "margin", "class_weight")
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def adjusted_cross_entropy(
@@ -85,49 +87,42 @@ def adjusted_cross_entropy(
     check_multiclass(logits, target, mask, weight)
     check_number("scale", scale, 0, open_low=True)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    vectors = {"multiplicative": multiplicative, "additive": additive, "margin": margin, "class_weight": class_weight}
-    for name, vector in vectors.items():
+    for name, vector in zip(VECTORS, vectors := (multiplicative, additive, margin, class_weight), strict=True):
         if vector is not None:
             check_class_vector(name, vector, logits)
-    plain = partial(
-        _plain,
-        target=target,
+
+    def plain(z: Tensor, **options: Any) -> Tensor:
+        return _plain(z, target, vectors, scale, label_smoothing, ignore_index, mask, **options)
+
+    if not rows.runs_rows(logits, target, weight, mask, *vectors):
+        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
+    return rows.row_loss(
+        rows.CROSS_ENTROPY,
+        logits,
+        target,
+        plain,
         vectors=vectors,
         scale=scale,
-        label_smoothing=label_smoothing,
+        smoothing=label_smoothing,
         ignore_index=ignore_index,
+        weight=weight,
         mask=mask,
+        inner=inner,
+        reduction=reduction,
+        normalizer=normalizer,
+        sync=sync,
     )
-    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
-    if rows.runs_rows(logits, target, weight, mask, *vectors.values()):
-        return rows.row_loss(
-            rows.CROSS_ENTROPY,
-            logits,
-            target,
-            plain,
-            additive=additive,
-            multiplicative=multiplicative,
-            margin=margin,
-            class_weight=class_weight,
-            scale=scale,
-            smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            mask=mask,
-            sync=sync,
-            **options,
-        )
-    return plain(logits, sync=sync, **options)
 
 
 def _plain(
     logits: Tensor,
-    *,
     target: Tensor,
-    vectors: dict[str, Tensor | None],
+    vectors: Vectors,
     scale: float,
     label_smoothing: float,
     ignore_index: int,
     mask: Tensor | None,
+    *,
     weight: Tensor | None,
     inner: str,
     **reduction: Any,
@@ -145,8 +140,9 @@ def _plain(
         target, counted = class_indices(target, z.shape[1], ignore_index, mask)
     if counted is not None:
         z = torch.where(counted.unsqueeze(1), z, 0)  # what does not count may hold NaN
-    adjusted = adjust(z, target, vectors["additive"], vectors["multiplicative"], vectors["margin"], scale)
-    w = None if vectors["class_weight"] is None else vectors["class_weight"].to(z)
+    multiplicative, additive, margin, class_weight = vectors
+    adjusted = adjust(z, target, additive, multiplicative, margin, scale)
+    w = None if class_weight is None else class_weight.to(z)
     if soft or label_smoothing > 0:
         losses, carried = _soft_cross_entropy(adjusted, target, w, label_smoothing)
     else:

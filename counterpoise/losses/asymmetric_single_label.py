@@ -82,7 +82,7 @@ def asymmetric_single_label_loss(
             logits,
             target,
             plain,
-            class_weight=class_weight,
+            vectors=(None, None, None, class_weight),
             smoothing=label_smoothing,
             gamma_pos=gamma_pos,
             gamma_neg=gamma_neg,

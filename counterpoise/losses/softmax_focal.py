@@ -81,7 +81,7 @@ def softmax_focal_loss(
             logits,
             target,
             plain,
-            class_weight=a,
+            vectors=(None, None, None, a),
             smoothing=label_smoothing,
             gamma_pos=gamma,
             ignore_index=ignore_index,

@@ -12,8 +12,8 @@ Distances to the class mean use the features as they are, nearest neighbours uni
 makes the median shell meaningless.
 
 Source: Jafari et al., The Power of Few: Accelerating and Enhancing Data Reweighting with Coreset Selection, 2024
-(derived from its summary); median rule: Xia et al., Moderate Coreset, 2023; net: Shu et al., Meta-Weight-Net, 2019, eq. 3 to 5
-(from memory).
+(derived from its summary); median rule: Xia et al., Moderate Coreset, 2023; net: Shu et al., Meta-Weight-Net, 2019, eq.
+3 to 5 (from memory).
 """
 
 from __future__ import annotations

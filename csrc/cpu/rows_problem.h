@@ -14,7 +14,7 @@ enum RowSetting { Kind, Scale, Smoothing, GammaPos, GammaNeg, Detach, IgnoreInde
 
 // Logits (N, C) and all that goes with them are contiguous; target is int64, mask and target are (N,).
 inline RowProblem row_problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
-                              const std::optional<Tensor>& additive, const std::optional<Tensor>& multiplicative,
+                              const std::optional<Tensor>& multiplicative, const std::optional<Tensor>& additive,
                               const std::optional<Tensor>& margin, const std::optional<Tensor>& class_weight,
                               const std::vector<double>& settings) {
   return {logits.const_data_ptr(),
@@ -37,9 +37,9 @@ inline RowProblem row_problem(const Tensor& logits, const Tensor& target, const 
 }
 
 #define CP_ROW_INPUTS                                                                                     \
-  const Tensor &logits, const Tensor &target, std::optional<Tensor> mask, std::optional<Tensor> additive, \
-      std::optional<Tensor> multiplicative, std::optional<Tensor> margin, std::optional<Tensor> class_weight
-#define CP_ROW_PROBLEM row_problem(logits, target, mask, additive, multiplicative, margin, class_weight, settings)
+  const Tensor &logits, const Tensor &target, std::optional<Tensor> mask, std::optional<Tensor> multiplicative, \
+      std::optional<Tensor> additive, std::optional<Tensor> margin, std::optional<Tensor> class_weight
+#define CP_ROW_PROBLEM row_problem(logits, target, mask, multiplicative, additive, margin, class_weight, settings)
 
 // What "mean" divides by; the order of NORMALIZERS in counterpoise/kernels/rows.py.
 enum class Divisor : int { number, count, weight, foreground };
