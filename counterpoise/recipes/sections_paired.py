@@ -127,8 +127,8 @@ def map_figure(run: RunFolder) -> Figure:
     apart = float(np.linalg.norm(sides[0].mean(0) - sides[1].mean(0)))
     said = (
         f"{n} test images and their rows, {len(joined)} of them joined, coloured by modality"
-        f"{', and below by class' if len(panels) > 1 else ''}. The centres of the two modalities are {apart:.2f} apart, "
-        f"of vectors of length one; distances on the map say little."
+        f"{', and below by class' if len(panels) > 1 else ''}. The centres of the two modalities are {apart:.2f} "
+        f"apart, of vectors of length one; distances on the map say little."
     )
     return Figure(Markup(svg), f"Map of embeddings in the plane. {said}", said)
 
