@@ -1,7 +1,7 @@
 # Every target makes .venv by itself and reuses it until pyproject.toml changes.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PARTS := counterpoise tests examples benchmarks docs
+PARTS := counterpoise tests examples benchmarks docs tools setup.py build_backend.py
 
 .PHONY: demo test test-slow bench lint format docs cuda-check wheel clean
 .DELETE_ON_ERROR:
@@ -45,6 +45,9 @@ docs: .venv/.installed ## HTML into site/
 
 cuda-check: .venv/.installed ## compiles the CUDA kernels for sm_80 and sm_90: no warning, no spill; needs nvcc, no GPU
 	$(BIN)/python -m tools.check_cuda
+
+wheel: .venv/.kernels ## a wheel with CPU kernels into dist/, audited
+	$(BIN)/python -m tools.build_wheel
 
 clean:
 	rm -rf .venv site build dist *.egg-info counterpoise/kernels/*.so .mypy_cache .ruff_cache .pytest_cache
