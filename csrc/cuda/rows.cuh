@@ -112,6 +112,7 @@ CP_DEVICE void for_classes(const RowInput<S>& p, const RowGroup& who, int64_t ro
   const S* z = p.logits + row * p.classes;
   const int64_t y = p.target[row];
   const int step = p.packs ? 1 : who.lanes;
+#pragma unroll 4  // so that several loads are under way before the first is used
   for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to; j += static_cast<int64_t>(who.lanes) * width) {
     T u[width];
     if (p.packs) {
