@@ -35,27 +35,27 @@ struct Sigmoid {
 template <class T>
 CP_INLINE Sigmoid<T> sigmoid(T u) {
   const T size = u < 0 ? -u : u;
-  const T e = exp(-size);
+  const T e = exp_of_negative(-size);
   const auto [tail, r] = log1p_unit(e);
   const T small = e * r;
   const bool up = u >= 0;
   return {up ? r : small, up ? small : r, (up ? T(0) : size) + tail, (up ? size : T(0)) + tail};
 }
 
-// 0 * inf = 0: a probability that underflowed, times the logarithm of another.
-template <class T>
+// 0 * inf = 0: a probability that underflowed, times the logarithm of another. Finite logits need no such care.
+template <bool Finite, class T>
 CP_INLINE T fading(T p, T x) {
-  return p == 0 ? T(0) : p * x;
+  return !Finite && p == 0 ? T(0) : p * x;
 }
 
 // alpha_t q^gamma (-log p) with p = sigmoid(u), u = (2t - 1) z; d/du = -q^gamma (q + gamma p (-log p)).
-template <bool Whole, class T>
+template <int P, bool Finite, class T>
 CP_INLINE ValueSlope<T> focal_hard(T z, T t, const BinaryParameters<T>& c) {
   const T sign = 2 * t - 1;
   const Sigmoid<T> s = sigmoid(sign * z);
   const T alpha = t > 0 ? c.alpha_pos : c.alpha_neg;
-  const T focus = alpha * power<Whole>(s.q, -s.gain, c.gamma_pos);
-  return {focus * s.lose, -sign * focus * (s.q + c.gamma_pos.value * fading(s.p, s.lose))};
+  const T focus = alpha * power<P>(s.q, -s.gain, c.gamma_pos);
+  return {focus * s.lose, -sign * focus * (s.q + c.gamma_pos.value * fading<Finite>(s.p, s.lose))};
 }
 
 template <class T>
@@ -64,7 +64,7 @@ CP_INLINE ValueSlope<T> focal_soft(T z, T t, const BinaryParameters<T>& c) {
   const T alpha = c.alpha_pos * t + c.alpha_neg * (1 - t);
   const T entropy = t * s.lose + (1 - t) * s.gain;
   const T miss = t * s.q + (1 - t) * s.p;  // 1 - p_t, never less than min(t, 1 - t)
-  const T focus = alpha * power<false>(miss, log(miss), c.gamma_pos);
+  const T focus = alpha * power<any_power>(miss, log(miss), c.gamma_pos);
   return {focus * entropy, focus * ((s.p - t) + c.gamma_pos.value * (1 - 2 * t) * s.p * s.q / miss * entropy)};
 }
 
@@ -79,14 +79,14 @@ CP_INLINE ValueSlope<T> focal_star(T z, T t, const BinaryParameters<T>& c) {
 
 // Positives: q^gamma_pos (-log p). Negatives: p_m^gamma_neg (-log(1 - p_m)) with p_m = max(p - margin, 0).
 // A term that is clamped at log_eps has no slope of its own.
-template <bool Whole, bool Margin, class T>
+template <int P, int N, bool Margin, bool Finite, class T>
 CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) {
   const Sigmoid<T> s = sigmoid(z);
   const T moves = c.detach ? T(0) : T(1);
   const bool one_clamped = -s.lose < c.log_eps;
   const T one = one_clamped ? -c.log_eps : s.lose;
-  const T focus_one = power<Whole>(s.q, -s.gain, c.gamma_pos);
-  const T slope_one = -focus_one * ((one_clamped ? T(0) : s.q) + moves * c.gamma_pos.value * fading(s.p, one));
+  const T focus_one = power<P>(s.q, -s.gain, c.gamma_pos);
+  const T slope_one = -focus_one * ((one_clamped ? T(0) : s.q) + moves * c.gamma_pos.value * fading<Finite>(s.p, one));
 
   T zero, focus_zero, slope_zero;
   if constexpr (Margin) {
@@ -98,8 +98,8 @@ CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) 
     const bool clamped = -loss < c.log_eps;
     zero = clamped ? -c.log_eps : loss;
     T log_p_m = 0;
-    if constexpr (!Whole) log_p_m = log(p_m);
-    focus_zero = power<Whole>(p_m, log_p_m, c.gamma_neg);
+    if constexpr (N == any_power) log_p_m = log(p_m);
+    focus_zero = power<N>(p_m, log_p_m, c.gamma_neg);
     // 1 / (1 - p_m) + gamma zero / p_m over one denominator
     const T inner = ((clamped ? T(0) : p_m) + moves * c.gamma_neg.value * zero * not_p_m) / (p_m * not_p_m);
     slope_zero = below ? T(0) : s.p * s.q * focus_zero * inner;
@@ -107,14 +107,14 @@ CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) 
   } else {
     const bool clamped = -s.gain < c.log_eps;
     zero = clamped ? -c.log_eps : s.gain;
-    focus_zero = power<Whole>(s.p, -s.lose, c.gamma_neg);
-    slope_zero = focus_zero * ((clamped ? T(0) : s.p) + moves * c.gamma_neg.value * fading(s.q, zero));
+    focus_zero = power<N>(s.p, -s.lose, c.gamma_neg);
+    slope_zero = focus_zero * ((clamped ? T(0) : s.p) + moves * c.gamma_neg.value * fading<Finite>(s.q, zero));
   }
   const bool positive = t > 0;
   const T value = positive ? focus_one * one : focus_zero * zero;
   const T slope = positive ? slope_one : slope_zero;
   // The margin and the clamp bound the loss: what is not finite would come out finite.
-  const bool bounded = Margin || c.log_eps > -infinity<T>;
+  const bool bounded = !Finite && (Margin || c.log_eps > -infinity<T>);
   return {!bounded || z < infinity<T> ? value : std::numeric_limits<T>::quiet_NaN(), slope};
 }
 
@@ -140,10 +140,12 @@ CP_INLINE ValueSlope<T> asymmetric_soft(T z, T t, const BinaryParameters<T>& c) 
   return {!bounded || z < infinity<T> ? value : std::numeric_limits<T>::quiet_NaN(), focus * slope + moved};
 }
 
-template <BinaryKind Kind, bool Whole, bool Margin, class T>
+// P and N say what is known of the exponents of positives and negatives, see power(); `Finite` that no logit is infinite
+// or NaN.
+template <BinaryKind Kind, int P, int N, bool Margin, bool Finite, class T>
 CP_INLINE ValueSlope<T> binary_hard(T z, T t, const BinaryParameters<T>& c) {
-  if constexpr (Kind == BinaryKind::focal) return focal_hard<Whole>(z, t, c);
-  if constexpr (Kind == BinaryKind::asymmetric) return asymmetric_hard<Whole, Margin>(z, t, c);
+  if constexpr (Kind == BinaryKind::focal) return focal_hard<P, Finite>(z, t, c);
+  if constexpr (Kind == BinaryKind::asymmetric) return asymmetric_hard<P, N, Margin, Finite>(z, t, c);
   if constexpr (Kind == BinaryKind::focal_star) return focal_star(z, t, c);
 }
 

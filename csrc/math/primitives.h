@@ -39,6 +39,19 @@ CP_INLINE T at_most(T high, T x) {
 CP_INLINE double exp(double x) { return ::exp(x); }
 CP_INLINE double log(double x) { return ::log(x); }
 
+#if !CP_ON_DEVICE
+// e^r times the power of two that stands in the low bits of `shifted`, for |r| <= ln 2 / 2.
+CP_INLINE float exp_of_remainder(float r, float shifted) {
+  float p = 0.0013814527774229646f;
+  p = p * r + 0.008368744514882565f;
+  p = p * r + 0.04166839271783829f;
+  p = p * r + 0.1666652113199234f;
+  p = p * r + 0.4999999403953552f;
+  p = p * r * r + r + 1.0f;
+  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23);
+}
+#endif
+
 // e^x: 2^n times a minimax polynomial (3e-9) on [-ln 2 / 2, ln 2 / 2]. 0 below -87.3, infinity above 88.7.
 CP_INLINE float exp(float x) {
 #if CP_ON_DEVICE
@@ -48,16 +61,24 @@ CP_INLINE float exp(float x) {
   const float c = at_most(high, at_least(low, x));
   const float shifted = c * 1.44269504088896341f + round;
   const float n = shifted - round;
-  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 0.0013814527774229646f;
-  p = p * r + 0.008368744514882565f;
-  p = p * r + 0.04166839271783829f;
-  p = p * r + 0.1666652113199234f;
-  p = p * r + 0.4999999403953552f;
-  p = p * r * r + r + 1.0f;
-  const float power = __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23);
-  const float y = p * power;
+  const float y = exp_of_remainder((c - n * 0.693359375f) + n * 2.12194440e-4f, shifted);
   return x < low ? 0.0f : (x > high ? infinity<float> : y);
+#endif
+}
+
+CP_INLINE double exp_of_negative(double x) { return ::exp(x); }
+
+// e^x for x <= 0: without what only large x need.
+CP_INLINE float exp_of_negative(float x) {
+#if CP_ON_DEVICE
+  return ::expf(x);
+#else
+  constexpr float low = -87.3f, round = 12582912.0f;
+  const float c = at_least(low, x);
+  const float shifted = c * 1.44269504088896341f + round;
+  const float n = shifted - round;
+  const float y = exp_of_remainder((c - n * 0.693359375f) + n * 2.12194440e-4f, shifted);
+  return x < low ? 0.0f : y;
 #endif
 }
 
@@ -128,14 +149,19 @@ inline Exponent<T> exponent(double value) {
   return {static_cast<T>(value), whole == value ? whole : -1};
 }
 
-// base^g for base in [0, 1], of which the logarithm is at hand; only one of the two is read.
-template <bool Whole, class T>
+constexpr int any_power = -2, whole_power = -1;
+
+// base^g for base in [0, 1], of which the logarithm is at hand. P says what is known of g: nothing, that it is whole and
+// at most 7, or (0 and more) the number itself.
+template <int P, class T>
 CP_INLINE T power(T base, T log_base, const Exponent<T>& g) {
-  if constexpr (Whole) {
-    const T square = base * base;
+  const T square = base * base;
+  if constexpr (P == any_power) {
+    return g.value == 0 ? T(1) : exp(g.value * log_base);
+  } else if constexpr (P == whole_power) {
     return (g.whole & 1 ? base : T(1)) * (g.whole & 2 ? square : T(1)) * (g.whole & 4 ? square * square : T(1));
   } else {
-    return g.value == 0 ? T(1) : exp(g.value * log_base);
+    return (P & 1 ? base : T(1)) * (P & 2 ? square : T(1)) * (P & 4 ? square * square : T(1));
   }
 }
 

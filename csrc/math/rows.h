@@ -55,7 +55,7 @@ CP_INLINE T vanishing(T p, T x) {
 
 template <class T>
 CP_INLINE T focus_of(T base, const Exponent<T>& gamma) {
-  return gamma.whole >= 0 ? power<true>(base, T(0), gamma) : power<false>(base, log(base), gamma);
+  return gamma.whole >= 0 ? power<whole_power>(base, T(0), gamma) : power<any_power>(base, log(base), gamma);
 }
 
 // p^gamma (-log p) of another class and its derivative with respect to log p.

@@ -26,7 +26,7 @@ BinaryParameters<T> parameters(const BinaryProblem& p) {
           static_cast<T>(p.beta),         p.detach};
 }
 
-template <BinaryKind Kind, bool Whole, bool Margin, class T>
+template <BinaryKind Kind, int P, int N, bool Margin, class T>
 void hard(int64_t n, const BinaryParameters<T>& parameters, Chunk<T>& k) {
   const BinaryParameters<T> c = parameters;
   const T* __restrict z = k.z;
@@ -34,15 +34,15 @@ void hard(int64_t n, const BinaryParameters<T>& parameters, Chunk<T>& k) {
   T* __restrict value = k.value;
   T* __restrict slope = k.slope;
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = math::binary_hard<Kind, Whole, Margin>(z[i], t[i], c);
+    const auto out = math::binary_hard<Kind, P, N, Margin, false>(z[i], t[i], c);
     value[i] = out.value;
     slope[i] = out.slope;
   }
 }
 
-// The whole work on a chunk whose labels are all 0 or 1 and whose entries all count, without a buffer. `odd` says that
-// this was not so, and that what was done is void.
-template <BinaryKind Kind, bool Whole, bool Margin, bool Grad, class T>
+// The whole work on a chunk of finite logits whose labels are all 0 or 1, without a buffer. `odd` says that this was not
+// so, and that what was done is void.
+template <BinaryKind Kind, int P, int N, bool Margin, bool Grad, class T>
 T straight(int64_t n, const T* __restrict z, const T* __restrict t, const BinaryParameters<T>& parameters, T factor,
            T* __restrict grad, bool& odd) {
   const BinaryParameters<T> c = parameters;
@@ -50,10 +50,10 @@ T straight(int64_t n, const T* __restrict z, const T* __restrict t, const Binary
   int flags = 0;
 #pragma omp simd reduction(+ : total) reduction(| : flags)
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = math::binary_hard<Kind, Whole, Margin>(z[i], t[i], c);
+    const auto out = math::binary_hard<Kind, P, N, Margin, true>(z[i], t[i], c);
     total += out.value;
     if constexpr (Grad) grad[i] = out.slope * factor;
-    flags |= !((t[i] == 0) | (t[i] == 1)) | ((z[i] == -math::infinity<T>)&(t[i] == 0));
+    flags |= !((t[i] == 0) | (t[i] == 1)) | !(z[i] - z[i] == 0);
   }
   odd = flags != 0;
   return total;
@@ -82,27 +82,34 @@ struct Formulas {
   Straight<T> value, value_and_slope;
 };
 
-template <BinaryKind Kind, bool Whole, bool Margin, class T>
+template <BinaryKind Kind, int P, int N, bool Margin, class T>
 Formulas<T> formulas(const BinaryParameters<T>& c) {
-  return {c, hard<Kind, Whole, Margin, T>, soft<Kind, T>, straight<Kind, Whole, Margin, false, T>,
-          straight<Kind, Whole, Margin, true, T>};
+  return {c, hard<Kind, P, N, Margin, T>, soft<Kind, T>, straight<Kind, P, N, Margin, false, T>,
+          straight<Kind, P, N, Margin, true, T>};
+}
+
+// The released settings have code of their own, all others what their exponents allow.
+template <bool Margin, class T>
+Formulas<T> asymmetric_formulas(const BinaryParameters<T>& c) {
+  constexpr BinaryKind kind = BinaryKind::asymmetric;
+  constexpr int any = math::any_power, whole = math::whole_power;
+  if (c.gamma_neg.whole == 4 && c.gamma_pos.whole == 0) return formulas<kind, 0, 4, Margin>(c);
+  if (c.gamma_neg.whole == 4 && c.gamma_pos.whole == 1) return formulas<kind, 1, 4, Margin>(c);
+  if (c.gamma_neg.whole >= 0 && c.gamma_pos.whole >= 0) return formulas<kind, whole, whole, Margin>(c);
+  return formulas<kind, any, any, Margin>(c);
 }
 
 template <class T>
 Formulas<T> formulas(const BinaryProblem& p) {
   const auto c = parameters<T>(p);
-  const bool whole = c.gamma_pos.whole >= 0 && c.gamma_neg.whole >= 0;
-  const bool margin = c.margin > 0;
+  constexpr int any = math::any_power, whole = math::whole_power;
   switch (static_cast<BinaryKind>(p.kind)) {
-    case BinaryKind::focal_star:
-      return formulas<BinaryKind::focal_star, true, false>(c);
-    case BinaryKind::asymmetric:
-      if (whole) return margin ? formulas<BinaryKind::asymmetric, true, true>(c)
-                               : formulas<BinaryKind::asymmetric, true, false>(c);
-      return margin ? formulas<BinaryKind::asymmetric, false, true>(c)
-                    : formulas<BinaryKind::asymmetric, false, false>(c);
+    case BinaryKind::focal_star: return formulas<BinaryKind::focal_star, any, any, false>(c);
+    case BinaryKind::asymmetric: return c.margin > 0 ? asymmetric_formulas<true>(c) : asymmetric_formulas<false>(c);
     default:
-      return whole ? formulas<BinaryKind::focal, true, false>(c) : formulas<BinaryKind::focal, false, false>(c);
+      if (c.gamma_pos.whole == 2) return formulas<BinaryKind::focal, 2, 2, false>(c);
+      return c.gamma_pos.whole >= 0 ? formulas<BinaryKind::focal, whole, whole, false>(c)
+                                    : formulas<BinaryKind::focal, any, any, false>(c);
   }
 }
 
