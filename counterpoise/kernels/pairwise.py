@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -196,8 +196,8 @@ def softmax_sums(q: Tensor, k: Tensor, rules: Pairs, *, mean_key: bool) -> tuple
     """Mean product under the softmax (N,), log-sum-exp (N,) and, if asked, mean key (N, d); without gradient."""
     state = _forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=mean_key)
     total = torch.where(state.total == 0, 1, state.total)
-    assert state.dot is not None
-    return state.dot / total, _log_sum(state), None if state.mean_key is None else state.mean_key / total[:, None]
+    dot = cast(Tensor, state.dot)  # asked for above
+    return dot / total, _log_sum(state), None if state.mean_key is None else state.mean_key / total[:, None]
 
 
 def clamped_sums(q: Tensor, k: Tensor, rules: Pairs, log_sum: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,11 +381,10 @@ class _Masked(torch.autograd.Function):
         ctx.mirrored = mirrored and not ctx.direct
         state = _forward(queries, keys, rules, similarity=True, mean_key=ctx.direct, mirrored=ctx.mirrored)
         log_sum = _log_sum(state)
-        assert state.similarity is not None
         ctx.rules, ctx.plain, ctx.bounded = rules, plain, state.shift is not None
         ctx.save_for_backward(q, k, log_sum, state.total, state.top if ctx.bounded else None, state.mean_key)
         ctx.mark_non_differentiable(state.mass)
-        return log_sum, state.similarity, state.mass
+        return log_sum, cast(Tensor, state.similarity), state.mass
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -425,8 +424,7 @@ class _Mean(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.direct = fixed is None and not ctx.needs_input_grad[1]
         state = _forward(q.contiguous(), k.contiguous(), rules, dot=True, mean_key=ctx.direct)
-        assert state.dot is not None
-        mean = state.dot / torch.where(state.total == 0, 1, state.total)
+        mean = cast(Tensor, state.dot) / torch.where(state.total == 0, 1, state.total)
         log_sum = _log_sum(state)
         ctx.rules, ctx.fixed, ctx.constant, ctx.plain = rules, fixed, constant, plain
         ctx.save_for_backward(q, k, log_sum, mean, state.total, state.mean_key)
