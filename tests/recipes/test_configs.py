@@ -138,6 +138,7 @@ DIFFERENT = {
     ),
     ("recipe/semi_segmentation", "views"): "what None makes, spelled out so that it can be changed",
     **dict.fromkeys([("recipe/gml", key) for key in ("augment", "contrast_augment", "seed")], "two views that differ"),
+    **dict.fromkeys([("model/features", key) for key in ("hidden", "head")], "no layer of its own"),
     ("recipe/gml", "shift"): "small images",
     **dict.fromkeys(
         [("recipe/paired", key) for key in ("views", "num_views", "crop", "contrast", "brightness", "noise")],
