@@ -26,6 +26,7 @@ test: .venv/.kernels ## types, layers, tests
 
 test-slow: .venv/.kernels ## the suites that take minutes: wheel in a fresh environment, several ranks, launched runs
 	$(BIN)/python -m pytest -m slow
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -m hypothesis
 
 bench: .venv/.kernels ## interleaved timings against torch, torchvision, timm's form and lightly, as ratios
 	$(BIN)/python -m benchmarks.kernels

@@ -156,9 +156,13 @@ class ImplicitPlan(torch.autograd.Function):
 
 
 def eliminate(p: Tensor, top: Tensor, bottom: Tensor, r: Tensor, c: Tensor, reduce: Any) -> tuple[Tensor, Tensor]:
-    """x and y of diag(top) x + P y = r, P^T x + diag(bottom) y = c; rows without mass have x = 0."""
+    """x and y of diag(top) x + P y = r, P^T x + diag(bottom) y = c; rows without mass have x = 0.
+
+    What is left of the columns after the subtraction is known to its rounding: eigenvalues below that are zeros.
+    """
     inverse = torch.where(top > 0, 1 / torch.where(top > 0, top, 1), 0)
     schur = torch.diag_embed(bottom) - reduce(p.mT @ (inverse[..., None] * p))
     right = c - reduce(times(p.mT, inverse * r))
-    y = times(torch.linalg.pinv(schur, hermitian=True), right)
+    rounding = bottom.shape[-1] * torch.finfo(bottom.dtype).eps * bottom.amax(-1)
+    y = times(torch.linalg.pinv(schur, atol=rounding, rtol=rounding.new_zeros(()), hermitian=True), right)
     return inverse * (r - times(p, y)), y

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -29,9 +29,17 @@ GRADIENTS = {
 }
 
 
+# Row 1 sends column 4 a mass of 7e-43: what couples the columns is far below rounding.
+ALMOST_APART = Transport(
+    cost=torch.tensor([[0.0] * 5, [0.0] * 5, [1.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64),
+    a=torch.tensor([0.0, 0.4536, 0.5464], dtype=torch.float64),
+    b=torch.tensor([0.5769, 0.0, 0.0, 0.0, 0.4231], dtype=torch.float64),
+)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.filterwarnings("ignore:.*did not converge", "ignore:.*implicit")
-@settings(max_examples=12, deadline=None)
+@example(problem=ALMOST_APART, epsilon=1e-3, scale=1.0)
 @given(problem=transports(), epsilon=st.sampled_from([1e-3, 1e-2, 1.0]), scale=st.sampled_from([1.0, 10.0]))
 def test_results_and_gradients_are_finite(name: str, problem: Transport, epsilon: float, scale: float) -> None:
     for gradient in GRADIENTS[name]:
@@ -45,7 +53,6 @@ def test_results_and_gradients_are_finite(name: str, problem: Transport, epsilon
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@settings(max_examples=12, deadline=None)
 @given(problem=transports())
 def test_plans_are_those_of_float64(name: str, problem: Transport) -> None:
     options: dict[str, Any] = {"epsilon": 0.1, "max_iterations": 5000}
@@ -55,7 +62,6 @@ def test_plans_are_those_of_float64(name: str, problem: Transport) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*did not converge")
-@settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 100), epsilon=st.sampled_from([1e-3, 1e-2, 1.0]), p=st.sampled_from([1, 2]))
 def test_the_divergence_and_its_gradients_are_finite(seed: int, epsilon: float, p: int) -> None:
     generator = torch.Generator().manual_seed(seed)

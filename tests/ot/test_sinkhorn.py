@@ -11,7 +11,7 @@ from typing import Any
 import ot
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -247,7 +247,6 @@ def test_more_iterations_give_no_larger_error(problem: Transport) -> None:
     assert all(later <= earlier + 1e-15 for earlier, later in pairwise(errors))
 
 
-@settings(max_examples=40, deadline=None)
 @given(problem=transports())
 def test_it_agrees_with_pot(problem: Transport) -> None:
     cost, a, b = problem

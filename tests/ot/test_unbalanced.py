@@ -8,7 +8,7 @@ from typing import Any
 import ot
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -142,7 +142,6 @@ def test_p2ot_is_an_instance() -> None:
     assert result.iterations <= 200
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     problem=transports(),
     total=st.floats(0.3, 3.0),
