@@ -41,7 +41,7 @@ def check_number(
     name: str, value: object, low: float = -float("inf"), high: float = float("inf"), *, open_low: bool = False
 ) -> None:
     """Raises unless ``value`` is a real number in [low, high], or (low, high] with ``open_low``."""
-    if type(value) is float and low < value <= high:  # what is asked for nearly always
+    if type(value) is float and (low < value <= high or (value == low and not open_low)):  # nearly always
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")

@@ -18,6 +18,14 @@ class PreciseBuffers(nn.Module):
     still in bfloat16. Where a device has no float64 (MPS), float32 is kept instead.
     """
 
+    def __getattr__(self, name: str) -> Any:
+        """Buffers and parts: losses read theirs on every call, and torch looks through parameters first."""
+        own = self.__dict__
+        for kind in ("_buffers", "_modules"):
+            if kind in own and name in own[kind]:
+                return own[kind][name]
+        return super().__getattr__(name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         super()._apply(fn, recurse)
@@ -45,6 +53,7 @@ class Loss(PreciseBuffers):
         super().__init__()
         check_reduction(options["reduction"], options["normalizer"])
         self._option_names = tuple(options)
+        self._options: dict[str, Any] = {}
         for name, value in options.items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
@@ -54,7 +63,18 @@ class Loss(PreciseBuffers):
     @property
     def options(self) -> dict[str, Any]:
         """The keyword options as they stand now."""
+        if len(self._options) == len(self._option_names):
+            return self._options.copy()
         return {name: getattr(self, name) for name in self._option_names}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options that are not tensors are at hand together: looking up each takes as long as a small loss."""
+        super().__setattr__(name, value)
+        if name not in self.__dict__.get("_option_names", ()):
+            return
+        self._options[name] = value
+        if isinstance(value, Tensor):
+            del self._options[name]
 
     def extra_repr(self) -> str:
         """The options."""

@@ -5,17 +5,18 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 
 ``available()`` lists the operators; ``disabled()`` switches them off inside a context, the environment variable
 ``COUNTERPOISE_KERNELS=0`` for a whole process. ``COUNTERPOISE_CPU_CAPABILITY`` (baseline, avx2, avx512) limits the
-instruction set.
+instruction set, ``COUNTERPOISE_CACHE_MIB`` the memory that ``empty_cache()`` returns.
 """
 
 from counterpoise.kernels import binary, pairwise, rows, selection, transport
-from counterpoise.kernels._library import available, cpu_capability, disabled, load, runs_on
+from counterpoise.kernels._library import available, cpu_capability, disabled, empty_cache, load, runs_on
 
 __all__ = [
     "available",
     "binary",
     "cpu_capability",
     "disabled",
+    "empty_cache",
     "pairwise",
     "rows",
     "runs_on",

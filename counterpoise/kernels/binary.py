@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, check_within, readable, reduce_losses
-from counterpoise.kernels._library import LIBRARY, TYPES, define, differentiable, in_transform, wants_plain
+from counterpoise.kernels._library import (
+    LIBRARY,
+    TYPES,
+    define,
+    differentiable,
+    gradient_like,
+    in_transform,
+    scalar_like,
+    wants_plain,
+)
 
 FOCAL, ASYMMETRIC, FOCAL_STAR = 0, 1, 2
 _TARGETS = TYPES | {torch.bool, torch.uint8, torch.int64}
@@ -221,9 +230,9 @@ class _Total(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Plain]) -> Tensor:
         ctx.call, (inputs, settings, _) = call, call
         ctx.save_for_backward(logits)
-        value, z = _new(logits), logits.contiguous()
+        value, z = scalar_like(logits), logits.contiguous()
         # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it.
-        ctx.grad = torch.empty_like(z) if logits.is_cpu and logits.dtype != torch.float16 else None
+        ctx.grad = gradient_like(z) if logits.is_cpu and logits.dtype != torch.float16 else None
         ctx.divisor = _new(logits) if ctx.grad is None else None
         _total_op(z, *inputs, settings, value, ctx.divisor, ctx.grad)
         return value
@@ -243,7 +252,7 @@ class _Total(torch.autograd.Function):
         if ctx.divisor is None:  # the graph was retained
             ctx.divisor = _new(logits)
             _total_op(z, *inputs, settings, _new(logits), ctx.divisor, None)
-        grad = torch.empty_like(z)
+        grad = gradient_like(z)
         _total_backward_op(z, *inputs, settings, upstream, ctx.divisor, grad)
         return grad, None
 
@@ -266,7 +275,7 @@ class _Rows(torch.autograd.Function):
         if wants_plain(upstream):
             return differentiable(lambda z: plain(z).flatten(), logits, upstream), None
         z = logits.contiguous()
-        grad = torch.empty_like(z)
+        grad = gradient_like(z)
         _rows_backward_op(z, *inputs, settings, upstream.contiguous(), grad)
         return grad, None
 
@@ -293,7 +302,7 @@ class _TracedTotal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, *inputs, divisor = ctx.saved_tensors
-        grad = torch.empty_like(z)
+        grad = gradient_like(z)
         _total_backward_op(z, *inputs, ctx.settings, upstream.contiguous(), divisor, grad)
         return grad, None, None, None, None, None
 
@@ -320,7 +329,7 @@ class _TracedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         z, *inputs = ctx.saved_tensors
-        grad = torch.empty_like(z)
+        grad = gradient_like(z)
         _rows_backward_op(z, *inputs, ctx.settings, upstream.contiguous(), grad)
         return grad, None, None, None, None
 

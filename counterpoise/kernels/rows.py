@@ -16,9 +16,22 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, combine_inner, reduce_losses
-from counterpoise.kernels._library import LIBRARY, define, differentiable, in_transform, runs_on, wants_plain
+from counterpoise.kernels._library import (
+    LIBRARY,
+    define,
+    differentiable,
+    gradient_like,
+    in_transform,
+    runs_on,
+    scalar_like,
+    wants_plain,
+)
 
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
+Formula = tuple[int, float, float, float, float, bool, int]
+"""kind, scale, smoothing, gamma_pos, gamma_neg, detach, ignore_index"""
+Options = tuple[Tensor | None, str, str, str | float, bool]
+"""weight, inner, reduction, normalizer, sync"""
 NORMALIZERS = ("number", "count", "weight", "positives")  # what the kernel can divide by; the place is its code
 _INPUTS = (
     "Tensor logits, Tensor target, Tensor? mask, Tensor? multiplicative, Tensor? additive, Tensor? margin, "
@@ -47,49 +60,38 @@ def runs_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bool:
         target: class indices, or probabilities, which have none.
         others: class vectors, weights, masks; None is skipped.
     """
-    if target.dtype.is_floating_point or not runs_on(logits, "rows_total"):
-        return False
-    if not torch.compiler.is_compiling() and (type(target) is not Tensor or in_transform()):
+    if not runs_on(logits, "rows_total") or target.is_floating_point() or target.is_cpu != logits.is_cpu:
         return False
     for x in others:
         if x is not None and x.requires_grad:
             return False
-    return target.is_cpu == logits.is_cpu
+    return (type(target) is Tensor and not in_transform()) or torch.compiler.is_compiling()
 
 
 def row_loss(
-    kind: int,
+    formula: Formula,
     logits: Tensor,
     target: Tensor,
     plain: Callable[..., Tensor],
-    *,
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    scale: float = 1.0,
-    smoothing: float = 0.0,
-    gamma_pos: float = 0.0,
-    gamma_neg: float = 0.0,
-    detach: bool = False,
-    ignore_index: int,
-    weight: Tensor | None,
     mask: Tensor | None,
-    inner: str,
-    reduction: str,
-    normalizer: str | float,
-    sync: bool,
+    options: Options,
 ) -> Tensor:
     """A loss of the family, reduced. The arguments are those of its plain form, which has checked their shapes.
 
     Args:
-        kind: which formula: CROSS_ENTROPY, FOCAL or ASYMMETRIC.
+        formula: which one, with its numbers.
         plain: its plain form, ``plain(logits, weight=, inner=, reduction=, normalizer=, sync=)``.
         vectors: multiplicative, additive, margin and class weights, each (C,) or None.
+        options: weight, inner, reduction, normalizer, sync.
 
     Raises:
         ValueError: a class index out of range; on an accelerator an assertion on the device.
     """
+    weight, inner, reduction, normalizer, sync = options
+    kind, _, smoothing, *_, ignore_index = formula
     check_reduction(reduction, normalizer)
     check_choice("inner", inner, INNERS)
-    options = (weight, inner, reduction, normalizer, sync)
     if kind == FOCAL and smoothing > 0 and normalizer == "weight":  # smoothing spreads the class weights of a row
         return _call(plain, logits, options)
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -97,13 +99,12 @@ def row_loss(
     flat_mask = None if mask is None else _by_entry(mask, y)
     dense = [x if x is None else x.to(logits.device, computed).contiguous() for x in vectors]
     inputs = (y.contiguous() if y.ndim == 1 else y.reshape(-1), flat_mask, *dense)
-    settings = [kind, scale, smoothing, gamma_pos, gamma_neg, detach, ignore_index]
     try:
         if not (sync or reduction == "none" or logits.ndim > 2):
             w = None if weight is None else weight.to(computed).contiguous()
-            settings += _divisor(kind, reduction, normalizer)
+            settings = [*formula, *_divisor(kind, reduction, normalizer)]
             return _total(logits, (*inputs, w), settings, plain, options)
-        losses = _each(logits, inputs, [*settings, 0, 1.0], plain)
+        losses = _each(logits, inputs, [*formula, 0, 1.0], plain)
     except RuntimeError as error:
         if "class index" in str(error):
             _call(plain, logits.detach(), options)  # says which index it was
@@ -145,7 +146,7 @@ def _divisor(kind: int, reduction: str, normalizer: str | float) -> tuple[float,
     return NORMALIZERS.index(normalizer), 0.0
 
 
-def _call(plain: Callable[..., Tensor], logits: Tensor, options: tuple[Any, ...]) -> Tensor:
+def _call(plain: Callable[..., Tensor], logits: Tensor, options: Options) -> Tensor:
     weight, inner, reduction, normalizer, sync = options
     return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
 
@@ -163,7 +164,6 @@ def _as_logits(rows: Tensor, logits: Tensor) -> Tensor:
 
 
 Inputs = tuple[Tensor | None, ...]
-Options = tuple[Any, ...]
 
 
 def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callable[..., Tensor], o: Options) -> Tensor:
@@ -171,7 +171,7 @@ def _total(logits: Tensor, inputs: Inputs, settings: list[float], plain: Callabl
     if torch.compiler.is_compiling():
         return _TracedTotal.apply(logits, settings, *inputs)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _Total.apply(logits, (inputs, settings, plain, o))
+        return _apply_total(logits, (inputs, settings, plain, o))
     return _run_total(logits.contiguous(), inputs, settings)[0]
 
 
@@ -203,7 +203,7 @@ def _run_each(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor,
 
 
 def _run_backward(z: Tensor, inputs: Inputs, settings: list[float], state: Tensor, by_row: Tensor) -> Tensor:
-    grad = torch.empty_like(z)
+    grad = gradient_like(z)
     _backward_op(z, *inputs, settings, state, by_row, grad)
     return grad
 
@@ -218,7 +218,7 @@ class _Total(torch.autograd.Function):
         z = logits.contiguous()
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
         if logits.is_cpu and logits.dtype != torch.float16:
-            value, ctx.kept, ctx.grad = _new(z), None, torch.empty_like(z)
+            value, ctx.kept, ctx.grad = scalar_like(z), None, gradient_like(z)
             _total_op(z, *inputs, settings, value, None, None, ctx.grad)
         else:
             value, *ctx.kept = _run_total(z, inputs, settings)
@@ -241,6 +241,10 @@ class _Total(torch.autograd.Function):
             ctx.kept = _run_total(z, inputs, settings)[1:]
         state, factor = ctx.kept
         return _run_backward(z, inputs[:6], settings, state, factor * upstream), None
+
+
+# What Function.apply does before this is for functorch transforms, which have taken the plain path by now.
+_apply_total = super(torch.autograd.Function, _Total).apply
 
 
 class _Each(torch.autograd.Function):

@@ -54,8 +54,8 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating type")
     if logits.ndim < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C) or (N, C, d1, ...)")
-    alone = mask is None and weight is None and logits.ndim == 2 and not target.is_floating_point()
-    if alone and target.ndim == 1 and target.shape[0] == logits.shape[0]:  # what comes nearly always
+    plain = mask is None and weight is None and logits.ndim == 2 and target.ndim == 1
+    if plain and target.numel() == logits.size(0) and not target.is_floating_point():  # what comes nearly always
         return
     indices_shape = logits.shape[:1] + logits.shape[2:]
     if target.is_floating_point():
@@ -100,7 +100,7 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 def check_class_vector(name: str, x: Tensor, logits: Tensor) -> None:
     """Raises ValueError unless ``x`` is (C,)."""
-    if x.shape != logits.shape[1:2]:
+    if x.ndim != 1 or x.numel() != logits.size(1):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
 
 

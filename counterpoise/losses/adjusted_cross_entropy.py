@@ -39,7 +39,6 @@ from counterpoise.losses._inputs import (
     smooth,
 )
 
-VECTORS = ("multiplicative", "additive", "margin", "class_weight")
 Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -87,31 +86,24 @@ def adjusted_cross_entropy(
     check_multiclass(logits, target, mask, weight)
     check_number("scale", scale, 0, open_low=True)
     check_number("label_smoothing", label_smoothing, 0, 1)
-    for name, vector in zip(VECTORS, vectors := (multiplicative, additive, margin, class_weight), strict=True):
-        if vector is not None:
-            check_class_vector(name, vector, logits)
+    vectors = (multiplicative, additive, margin, class_weight)
+    if multiplicative is not None:
+        check_class_vector("multiplicative", multiplicative, logits)
+    if additive is not None:
+        check_class_vector("additive", additive, logits)
+    if margin is not None:
+        check_class_vector("margin", margin, logits)
+    if class_weight is not None:
+        check_class_vector("class_weight", class_weight, logits)
 
     def plain(z: Tensor, **options: Any) -> Tensor:
         return _plain(z, target, vectors, scale, label_smoothing, ignore_index, mask, **options)
 
     if not rows.runs_rows(logits, target, weight, mask, *vectors):
         return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
-    return rows.row_loss(
-        rows.CROSS_ENTROPY,
-        logits,
-        target,
-        plain,
-        vectors=vectors,
-        scale=scale,
-        smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        weight=weight,
-        mask=mask,
-        inner=inner,
-        reduction=reduction,
-        normalizer=normalizer,
-        sync=sync,
-    )
+    formula = (rows.CROSS_ENTROPY, scale, label_smoothing, 0.0, 0.0, False, ignore_index)
+    options = (weight, inner, reduction, normalizer, sync)
+    return rows.row_loss(formula, logits, target, plain, vectors, mask, options)
 
 
 def _plain(

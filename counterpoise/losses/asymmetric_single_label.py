@@ -75,24 +75,11 @@ def asymmetric_single_label_loss(
     plain = partial(
         _plain, target=target, settings=settings, class_weight=class_weight, ignore_index=ignore_index, mask=mask
     )
-    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
-    if rows.runs_rows(logits, target, weight, mask, class_weight):
-        return rows.row_loss(
-            rows.ASYMMETRIC,
-            logits,
-            target,
-            plain,
-            vectors=(None, None, None, class_weight),
-            smoothing=label_smoothing,
-            gamma_pos=gamma_pos,
-            gamma_neg=gamma_neg,
-            detach=detach_weight,
-            ignore_index=ignore_index,
-            mask=mask,
-            sync=sync,
-            **options,
-        )
-    return plain(logits, sync=sync, **options)
+    if not rows.runs_rows(logits, target, weight, mask, class_weight):
+        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
+    formula = (rows.ASYMMETRIC, 1.0, label_smoothing, gamma_pos, gamma_neg, detach_weight, ignore_index)
+    options = (weight, inner, reduction, normalizer, sync)
+    return rows.row_loss(formula, logits, target, plain, (None, None, None, class_weight), mask, options)
 
 
 def _plain(

@@ -74,22 +74,11 @@ def softmax_focal_loss(
     plain = partial(
         _plain, target=target, gamma=gamma, a=a, label_smoothing=label_smoothing, ignore_index=ignore_index, mask=mask
     )
-    options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
-    if rows.runs_rows(logits, target, weight, mask, a):
-        return rows.row_loss(
-            rows.FOCAL,
-            logits,
-            target,
-            plain,
-            vectors=(None, None, None, a),
-            smoothing=label_smoothing,
-            gamma_pos=gamma,
-            ignore_index=ignore_index,
-            mask=mask,
-            sync=sync,
-            **options,
-        )
-    return plain(logits, sync=sync, **options)
+    if not rows.runs_rows(logits, target, weight, mask, a):
+        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
+    formula = (rows.FOCAL, 1.0, label_smoothing, gamma, 0.0, False, ignore_index)
+    options = (weight, inner, reduction, normalizer, sync)
+    return rows.row_loss(formula, logits, target, plain, (None, None, None, a), mask, options)
 
 
 def _plain(

@@ -172,19 +172,25 @@ class ClassStatistics(PreciseBuffers):
             make: makes it, of any type.
             source: the buffer, None = the prior.
         """
-        source = self.prior if source is None else source
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        if torch.compiler.is_compiling() or type(source) is not Tensor or torch.is_inference_mode_enabled():
-            return make().to(like.device, dtype)
-        key = (key, dtype, like.device)
-        found = self._derived.get(key)
-        if found is not None and _unchanged(source, *found[:2]):
-            return found[2]
-        with torch.no_grad():
-            vector = make().to(like.device, dtype)
-        # On the host a copy tells whatever wrote to the buffer; elsewhere reading it would stall the device.
-        self._derived[key] = (source.clone() if source.is_cpu else source, source._version, vector)
+        source = self._buffers["prior"] if source is None else source
+        if torch.compiler.is_compiling() or type(source) is not Tensor:
+            return self._make(make, like)
+        found = self._derived.get((key, like.dtype))
+        if found is not None:
+            before, version, vector = found
+            if _unchanged(source, before, version) and (
+                (vector.is_cpu and like.is_cpu) or vector.device == like.device
+            ):
+                return vector
+        vector = self._make(make, like)
+        if not torch.is_inference_mode_enabled():
+            # On the host a copy tells whatever wrote to the buffer; elsewhere reading it would stall the device.
+            self._derived[key, like.dtype] = (source.clone() if source.is_cpu else source, source._version, vector)
         return vector
+
+    @torch.no_grad()
+    def _make(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        return make().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be made again."""

@@ -4,6 +4,7 @@
 #include "../rows.h"
 
 #include "../../math/rows.h"
+#include "few_classes.h"
 #include "types.h"
 
 namespace counterpoise::CP_ARCH {
@@ -57,6 +58,8 @@ struct Rows {
   const RowProblem& p;
   Reader<T> read;
   Writer<T> write;
+  Gather<T> gather;
+  Scatter<T> scatter;
   RowParameters<T> c;
   const T *multiplicative, *margin, *class_weight;
 
@@ -93,6 +96,8 @@ Rows<T> rows_with(const RowProblem& p) {
   return {p,
           readers[2 * (p.multiplicative != nullptr) + (p.additive != nullptr)],
           write<S, T>,
+          gather<S, T>,
+          scatter<S, T>,
           c,
           static_cast<const T*>(p.multiplicative),
           static_cast<const T*>(p.margin),
@@ -219,17 +224,6 @@ RowSlopes<T> slopes_from(const T* state) {
   return {0, state[0], state[1], state[2], state[3], state[4]};
 }
 
-// x * factor, 0 where that would be subnormal: such products are slow, and nothing beside a row's largest slope.
-template <class T>
-T times(T x, T factor, T least) {
-  return ((x < 0 ? -x : x) < least ? T(0) : x) * factor;
-}
-
-template <class T>
-T least_for(T factor) {
-  return std::numeric_limits<T>::min() / (factor < 0 ? -factor : factor);
-}
-
 // The exponentials in k.e become gradients.
 template <class T>
 void slopes_in_chunk(const Rows<T>& r, int64_t row, int64_t from, int64_t n, const RowSlopes<T>& s, T factor,
@@ -309,6 +303,11 @@ void rows(const RowProblem& p, int64_t begin, int64_t end, const void* weight, d
           void* scratch, void* grad) {
   with_rows(p, [&]<class T>(const Rows<T>& r) {
     const T* w = static_cast<const T*>(weight);
+    if (p.classes <= few_classes && !r.has_off()) {
+      RowsInLanes<T> side_by_side(p, r.c, r.gather, r.scatter);
+      side_by_side.run(begin, end, w, static_cast<T>(scale), static_cast<T*>(losses), static_cast<T*>(state), grad);
+      return;
+    }
     const bool keeps = grad != nullptr && p.classes <= row_kept;
     Chunk<T> k;
     T tops[row_kept / row_chunk];

@@ -145,4 +145,15 @@ CP_INLINE T largest(const T* x, int64_t n) {
   return part[0] > most ? part[0] : most;
 }
 
+// x * factor, 0 where that would be subnormal: such products are slow, and nothing beside a row's largest slope.
+template <class T>
+CP_INLINE T times(T x, T factor, T least) {
+  return ((x < 0 ? -x : x) < least ? T(0) : x) * factor;
+}
+
+template <class T>
+CP_INLINE T least_for(T factor) {
+  return std::numeric_limits<T>::min() / (factor < 0 ? -factor : factor);
+}
+
 }  // namespace counterpoise::CP_ARCH
