@@ -116,7 +116,13 @@ def test_it_agrees_with_pot(problem: Transport, share: float) -> None:
     rows, columns = a > 0, b > 0
     result = partial_sinkhorn(cost, a, b, mass=share, epsilon=0.3, tolerance=1e-12, max_iterations=20_000)
     theirs = ot.partial.entropic_partial_wasserstein(
-        a[rows].numpy(), b[columns].numpy(), cost[rows][:, columns].numpy(), 0.3, m=share, numItermax=30_000, stopThr=1e-14
+        a[rows].numpy(),
+        b[columns].numpy(),
+        cost[rows][:, columns].numpy(),
+        0.3,
+        m=share,
+        numItermax=30_000,
+        stopThr=1e-14,
     )
     assert_close(result.plan[rows][:, columns], torch.from_numpy(theirs), atol=1e-8, rtol=0)
     exact = ot.partial.partial_wasserstein(a.numpy(), b.numpy(), (cost - cost.min()).numpy(), m=share)
