@@ -84,6 +84,20 @@ def plainly(loss: Callable[..., Tensor], *inputs: Tensor) -> Step:
     return run
 
 
+def in_bfloat16(job: Step) -> Step:
+    """The same with torch's switch for matrix products in bfloat16, sums in float32."""
+
+    def run() -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return job()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal leaves."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -175,6 +189,8 @@ def pair_rows() -> Iterator[Row]:
     size = f"{n:,} pairs x {d}"
     yield Row("NTXentLoss", size, step(ntxent, a, b), others, peaks=("eager",))
     yield Row("NTXentLoss against (z @ z.T) @ z", size, step(ntxent, a, b), {"eager": products}, same=False)
+    narrow = {"eager": in_bfloat16(step(plain_ntxent, a, b)), "our float32": step(ntxent, a, b)}
+    yield Row("NTXentLoss, products in bfloat16", size, in_bfloat16(step(ntxent, a, b)), narrow, same=False)
     labels = torch.randint(100, (n,), generator=torch.Generator().manual_seed(2))
     supcon, cacr, ascl = SupConLoss(temperature=0.1), CACRLoss(), ASCLLoss()
     supervised = lambda x, y: supcon(x, y, labels=labels)  # noqa: E731

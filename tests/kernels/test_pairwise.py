@@ -268,6 +268,28 @@ def test_large_logits_keep_their_digits(dtype: torch.dtype) -> None:
     same(lambda q, k: contrast(info_nce(q, k, query_ids=own, key_ids=own, temperature=1.0)), z, -z)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_products_in_bfloat16_are_torchs_own_switch(two: bool, taken: list[str]) -> None:
+    """Where the processor has none they stay in float32; sums and results are float32 everywhere."""
+    z, other = rows(300, torch.float32).requires_grad_(), rows(300, torch.float32, seed=1).requires_grad_()
+    leaves = (z, other) if two else (z,)
+
+    def run() -> tuple[Tensor, ...]:
+        loss = clip_loss(z, other) if two else supcon_loss(z, other.detach(), labels=ids(300)[:, 1])
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    exact, before = run(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = run()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert taken
+    for x, y in zip(found, exact, strict=True):
+        assert x.dtype == torch.float32
+        assert_close(x, y, rtol=0, atol=0.02 * float(y.abs().max()))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("alone", [False, True])
 def test_what_is_not_finite_comes_through(bad: float, alone: bool) -> None:
