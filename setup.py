@@ -81,6 +81,11 @@ def instruction_sets() -> dict[str, list[str]]:
     return {name: INSTRUCTION_SETS[name] for name in names}
 
 
+def shares_runtime(library: Path) -> bool:
+    """Whether a library names a shared C++ runtime, which is then torch's own, among what it needs."""
+    return any(name in library.read_bytes() for name in (b"libstdc++.so", b"libc++.so"))
+
+
 class BuildKernels(build_ext):
     """Compiles csrc/ into one plain shared library for each back end."""
 
@@ -108,6 +113,12 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: self.run_tool(job[1]), stale))
         self.run_tool(self.link(name, [str(job[0]) for job in jobs], target))
+        if platform.system() == "Linux" and not shares_runtime(target):
+            target.unlink()
+            raise CompileError(
+                f"{target.name} was linked with a C++ runtime of its own, through which no error reaches torch: "
+                "install the compiler's shared libstdc++, or name another compiler with CXX"
+            )
 
     def cpu_jobs(self, folder: Path) -> list[tuple[Path, list[str]]]:
         """(object, command): loops once an instruction set, everything else once."""

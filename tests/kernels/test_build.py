@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_without_a_compiler_the_kernels_are_left_out_unless_they_are_asked_for(a
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert "no C++ compiler" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="links with g++ on Linux")
+def test_a_c_plus_plus_runtime_of_its_own_is_noticed(tmp_path: Path) -> None:
+    """Such a library would end the process on the first bad label."""
+    source = tmp_path / "thrower.cpp"
+    source.write_text('#include <stdexcept>\nvoid refuse() { throw std::runtime_error("no"); }\n')
+    shares_runtime = runpy.run_path(str(ROOT / "setup.py"))["shares_runtime"]
+    for name, flags, shared in (("shared", [], True), ("static", ["-static-libstdc++"], False)):
+        library = tmp_path / f"{name}.so"
+        subprocess.run(["g++", "-shared", "-fPIC", *flags, str(source), "-o", str(library)], check=True)
+        assert shares_runtime(library) is shared
 
 
 SYMBOLS = """\
