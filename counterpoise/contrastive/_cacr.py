@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from counterpoise._core import check_choice, check_number, world_size
 from counterpoise.contrastive._views import as_rows
 from counterpoise.distributed import gather_rows
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules, pairwise
 
 TILE_ELEMENTS = 2**24  # at most so many costs are held at a time
 SHARPEST = 1e6  # float32 holds what it is multiplied with
@@ -147,9 +147,9 @@ def mean_cost_in_tiles(
     """
     q, k, constant_cost, factor = costs.as_products(q, k)
     weights = None if usable is None else torch.where(usable, 0.0, -torch.inf)
-    rules = pairwise.pairs(
+    rules = pair_rules.pairs(
         q,
-        candidate=pairwise.NOT_SELF,
+        candidate=pair_rules.NOT_SELF,
         query_ids=ids[0][:, None].expand(-1, 2),
         key_ids=ids[1][:, None].expand(-1, 2),
         log_weight=weights,
@@ -176,7 +176,7 @@ def log_sum_in_tiles(costs: Costs, q: Tensor, k: Tensor, sharpness: float, usabl
         sums = log_sum(sharpness * factor * (q @ k.T), every)
         return sums, torch.zeros_like(sums)
 
-    rules = pairwise.pairs(q, log_weight=weights, sharpness=sharpness * factor)
+    rules = pair_rules.pairs(q, log_weight=weights, sharpness=sharpness * factor)
     found = pairwise.masked_sums(q, k, rules, plain).log_sum_exp
     return torch.where(found == -torch.inf, 0, found + sharpness * constant_cost)
 

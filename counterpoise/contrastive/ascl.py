@@ -45,7 +45,7 @@ from counterpoise._core import (
 from counterpoise.contrastive._teacher import as_keys, student_and_teacher
 from counterpoise.contrastive._views import as_rows
 from counterpoise.contrastive.info_nce import info_nce
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules, pairwise
 from counterpoise.memory import MemoryBank
 
 KINDS = ("adaptive", "adaptive_hard", "hard", "normal")
@@ -198,7 +198,7 @@ def _near_in_tiles(
     keys: Tensor, banked: Tensor, valid: Tensor, num_neighbors: int, target_temperature: float
 ) -> tuple[Tensor, Tensor]:
     """:func:`_near` for "adaptive" without the (N, K) targets. One neighbour's y is c r <= 1 as it is."""
-    rules = pairwise.pairs(keys, log_weight=torch.where(valid, 0.0, -torch.inf), sharpness=1 / target_temperature)
+    rules = pair_rules.pairs(keys, log_weight=torch.where(valid, 0.0, -torch.inf), sharpness=1 / target_temperature)
     one = num_neighbors == 1
     mean, log_sum, mean_key = pairwise.softmax_sums(keys, banked, rules, mean_key=one)
     count = valid.sum()

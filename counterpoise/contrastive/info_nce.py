@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from counterpoise._core import at_least_float32, without_autocast
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules, pairwise
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """(query ids (n, 2), key ids (M, 2)) -> (n, M) bool, or probabilities for a positive rule.
@@ -133,11 +133,11 @@ class _Rules(NamedTuple):
 
 
 _KNOWN: dict[Rule | None, int] = {
-    None: pairwise.EVERY,
-    not_self: pairwise.NOT_SELF,
-    same_label: pairwise.SAME_LABEL,
-    same_class: pairwise.SAME_CLASS,
-    positive_or_bank: pairwise.POSITIVE_OR_BANK,
+    None: pair_rules.EVERY,
+    not_self: pair_rules.NOT_SELF,
+    same_label: pair_rules.SAME_LABEL,
+    same_class: pair_rules.SAME_CLASS,
+    positive_or_bank: pair_rules.POSITIVE_OR_BANK,
 }
 
 
@@ -161,9 +161,9 @@ def _streamed(
     index = rules.positive if isinstance(rules.positive, Tensor) else None
     candidate = _KNOWN[rules.candidate]
     alive = None if rules.weights is None or index is None else (rules.weights != -torch.inf)[index].to(q.dtype)
-    known = pairwise.pairs(
+    known = pair_rules.pairs(
         q,
-        positive=pairwise.NONE if index is not None else _KNOWN[rules.positive],  # type: ignore[index]
+        positive=pair_rules.NONE if index is not None else _KNOWN[rules.positive],  # type: ignore[index]
         candidate=candidate,
         query_ids=rules.query_ids,
         key_ids=rules.key_ids,
@@ -173,13 +173,13 @@ def _streamed(
         log_weight=rules.weights,
     )
     by_row = isinstance(tau, Tensor) and tau.ndim > 0
-    by_ids = index is None or candidate != pairwise.EVERY
+    by_ids = index is None or candidate != pair_rules.EVERY
     mirrored = (
         alone
         and not by_row
         and rules.weights is None
         and (rules.query_ids is rules.key_ids or not by_ids)
-        and candidate != pairwise.POSITIVE_OR_BANK
+        and candidate != pair_rules.POSITIVE_OR_BANK
         and (rules.itself is None or _is_range(rules.itself))
     )
     if mirrored:  # one tensor on both sides

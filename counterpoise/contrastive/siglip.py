@@ -28,7 +28,7 @@ from counterpoise._core import Spec, check_number, reduce_losses, without_autoca
 from counterpoise.contrastive._pairs import WithScalars, as_pairs
 from counterpoise.contrastive._views import all_ranks
 from counterpoise.contrastive.info_nce import same_class
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules, pairwise
 
 
 def siglip_loss(
@@ -102,9 +102,9 @@ def _streamed(
     """What :func:`_in_rows` gives, in tiles."""
     there = None if log_weight is None else log_weight == 0
     by_index = of_rows is not None and of_rows.ndim == 1
-    rules = pairwise.pairs(
+    rules = pair_rules.pairs(
         q,
-        positive=pairwise.NONE if of_rows is None or by_index else pairwise.SAME_CLASS,
+        positive=pair_rules.NONE if of_rows is None or by_index else pair_rules.SAME_CLASS,
         query_ids=None if by_index else of_rows,
         key_ids=column_ids,
         index=of_rows[:, None] if of_rows is not None and by_index else None,

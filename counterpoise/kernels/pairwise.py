@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,13 +24,12 @@ from torch import Tensor
 
 from counterpoise._core import without_autocast
 from counterpoise.kernels._library import LIBRARY, define, runs_on, transformed
+from counterpoise.kernels.pair_rules import NONE, Pairs
 
-EVERY, NOT_SELF, SAME_LABEL, SAME_CLASS, POSITIVE_OR_BANK, NONE = range(6)
 TILES = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows, columns: on the CPU of a size that the second cache holds
 SMALL = 2**17  # pairs whose matrix is as good as a tile
 DEARER = 2**5  # times as many where tiles cost a product more than the matrix: 16 MiB of float32
 _FEW = 4  # positives a row by index whose keys are read one by one
-_UNSIGNED = 2**31 - 1
 
 _TILE = (
     "Tensor{alias} products, int row, int column, int positive, int candidate, Tensor? query_ids, Tensor? key_ids, "
@@ -58,35 +56,6 @@ Plain = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """The same sums from queries and keys as they are written in PyTorch, for second derivatives."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """What is positive, what is a candidate, and how a product becomes a logit; made by :func:`pairs`."""
-
-    positive: int
-    candidate: int
-    query_ids: Tensor | None
-    key_ids: Tensor | None
-    index: Tensor | None
-    probability: Tensor | None
-    itself: Tensor | None
-    log_weight: Tensor | None
-    sharpness: float
-
-    def arguments(self) -> tuple[Any, ...]:
-        """In the order of the schemas."""
-        return (
-            self.positive,
-            self.candidate,
-            self.query_ids,
-            self.key_ids,
-            self.index,
-            self.probability,
-            self.itself,
-            self.log_weight,
-            self.sharpness,
-        )
-
-
 class Sums(NamedTuple):
     """By row, each (N,)."""
 
@@ -110,63 +79,12 @@ def serves(q: Tensor, *others: Tensor) -> bool:
     )
 
 
-def pairs(
-    like: Tensor,
-    *,
-    positive: int = NONE,
-    candidate: int = EVERY,
-    query_ids: Tensor | None = None,
-    key_ids: Tensor | None = None,
-    index: Tensor | None = None,
-    probability: Tensor | None = None,
-    itself: Tensor | None = None,
-    log_weight: Tensor | None = None,
-    sharpness: float = 1.0,
-) -> Pairs:
-    """Rules for the tiles of queries and keys that are like ``like``.
-
-    Args:
-        positive: SAME_LABEL or SAME_CLASS, or NONE: then ``index`` says, or there are none.
-        candidate: any rule.
-        query_ids, key_ids: (N, 2) and (M, 2) int64, row and label.
-        index: (N, P) int64; probability: (N, P), None = ones.
-        itself: (N,) int64, a key that is no candidate.
-        log_weight: (M,), added to a key's logits; -inf takes it out, also as a positive by rule.
-        sharpness: what products are multiplied with.
-    """
-    weights = None if log_weight is None else log_weight.detach().to(like.dtype).contiguous()
-    ids: tuple[Tensor | None, Tensor | None] = (None, None)
-    if query_ids is not None and key_ids is not None and not {positive, candidate} <= {EVERY, NONE}:
-        ids = _narrow(query_ids, key_ids, weights)
-    some = None if index is None or index.shape[1] == 0 else index.contiguous()
-    likely = None if some is None or probability is None else probability.to(like.dtype).contiguous()
-    own = None if itself is None else itself.contiguous()
-    return Pairs(positive, candidate, *ids, some, likely, own, weights, sharpness)
-
-
-def _narrow(query_ids: Tensor, key_ids: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ids as (2, N), for the CPU in int32: equality and the sign are all that rules ask for.
-
-    A key that is taken out has an unknown label and nobody's row, so that it is no positive.
-    """
-    ids = torch.cat([query_ids, key_ids])
-    if ids.is_cpu and (ids.min() <= -_UNSIGNED or ids.max() > _UNSIGNED):
-        values, ids = ids.unique(return_inverse=True)
-        ids = ids - (values < 0).sum()
-    ids = ids.T.to(torch.int32 if ids.is_cpu else torch.int64, memory_format=torch.contiguous_format)
-    queries, keys = (x.contiguous() for x in ids.split([len(query_ids), len(key_ids)], dim=1))
-    if weights is not None:
-        nobody = torch.tensor([[torch.iinfo(ids.dtype).min], [-1]], dtype=ids.dtype, device=ids.device)
-        keys = torch.where(weights == -torch.inf, nobody, keys)
-    return queries, keys
-
-
 def masked_sums(q: Tensor, k: Tensor, rules: Pairs, plain: Plain, *, mirrored: bool = False) -> Sums:
     """Log-sum-exp over the candidates and sum over the positives of ``q @ k.T``, by row.
 
     Args:
         q: (N, d), the temperature divided out; k: (M, d); float32 or float64.
-        rules: from :func:`pairs`.
+        rules: from :func:`~counterpoise.kernels.pair_rules.pairs`.
         plain: gives log-sum-exp and similarity.
         mirrored: q is k, and rules are the same in both directions: no log weight, no candidate by POSITIVE_OR_BANK,
             on the CPU ``itself`` None or the rows' own numbers.
@@ -183,7 +101,7 @@ def softmax_mean(
 
     Args:
         q: (N, d); k: (M, d); float32 or float64.
-        rules: from :func:`pairs`.
+        rules: from :func:`~counterpoise.kernels.pair_rules.pairs`.
         plain: gives the mean alone, as a tuple.
         fixed: the weights of so many first keys carry no gradient; None = none of them does.
         constant: so many first keys have no gradient.
@@ -226,7 +144,8 @@ def sigmoid_sums(q: Tensor, k: Tensor, bias: Tensor, rules: Pairs, plain: Callab
     Args:
         q: (N, d); k: (M, d); float32 or float64.
         bias: (), of the same type.
-        rules: from :func:`pairs`; keys of log weight -inf do not count, other weights are not read.
+        rules: from :func:`~counterpoise.kernels.pair_rules.pairs`; keys of log weight -inf do not count, other
+            weights are not read.
         plain: the same from q, k and bias.
     """
     return _Sigmoid.apply(q, k, bias, rules, plain)

@@ -30,7 +30,7 @@ from counterpoise.contrastive.info_nce import (
     same_class,
     same_label,
 )
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules, pairwise
 from counterpoise.memory import MemoryBank
 
 pytestmark = pytest.mark.skipif(
@@ -363,8 +363,8 @@ def test_the_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatc
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            rules = pairwise.pairs(
-                z, positive=pairwise.SAME_LABEL, candidate=pairwise.NOT_SELF,
+            rules = pair_rules.pairs(
+                z, positive=pair_rules.SAME_LABEL, candidate=pair_rules.NOT_SELF,
                 query_ids=torch.stack([torch.arange(1100), labels], 1),
                 key_ids=torch.stack([torch.arange(1100), labels], 1),
             )  # fmt: skip
@@ -494,8 +494,8 @@ def test_cacr(mode: str, gradient: str | None, dtype: torch.dtype, taken: list[s
 
 def test_operators_keep_their_schemas() -> None:
     own = ids(ROWS)
-    rules = pairwise.pairs(
-        rows(1), positive=pairwise.SAME_LABEL, candidate=pairwise.NOT_SELF, query_ids=own, key_ids=own
+    rules = pair_rules.pairs(
+        rows(1), positive=pair_rules.SAME_LABEL, candidate=pair_rules.NOT_SELF, query_ids=own, key_ids=own
     )
     vector = rows(ROWS)[:, 0].contiguous()
     place = rows(16)[:, :8].contiguous(), 0, 16, *rules.arguments()
@@ -512,7 +512,7 @@ def test_operators_keep_their_schemas() -> None:
 
 
 def test_a_tile_too_wide_or_on_the_diagonal_is_refused() -> None:
-    rules = pairwise.pairs(rows(1)).arguments()
+    rules = pair_rules.pairs(rows(1)).arguments()
     wide, vector = torch.zeros(1, 4097), torch.zeros(8)
     with pytest.raises(RuntimeError, match="columns"):
         torch.ops.counterpoise.pairwise_rows(wide, 0, 0, *rules, vector, vector, None, None, None, None, False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from counterpoise import kernels
-from counterpoise.kernels import pairwise
+from counterpoise.kernels import pair_rules
 from tests.kernels import emulation
 
 pytestmark = [
@@ -23,10 +23,10 @@ pytestmark = [
 ]
 QUERIES, KEYS, WIDTH = 23, 61, 5
 RULES = {
-    "labels": {"positive": pairwise.SAME_LABEL, "candidate": pairwise.NOT_SELF},
-    "classes": {"positive": pairwise.SAME_CLASS, "candidate": pairwise.SAME_CLASS},
-    "bank": {"positive": pairwise.SAME_LABEL, "candidate": pairwise.POSITIVE_OR_BANK},
-    "index": {"positive": pairwise.NONE, "candidate": pairwise.EVERY},
+    "labels": {"positive": pair_rules.SAME_LABEL, "candidate": pair_rules.NOT_SELF},
+    "classes": {"positive": pair_rules.SAME_CLASS, "candidate": pair_rules.SAME_CLASS},
+    "bank": {"positive": pair_rules.SAME_LABEL, "candidate": pair_rules.POSITIVE_OR_BANK},
+    "index": {"positive": pair_rules.NONE, "candidate": pair_rules.EVERY},
 }
 OPERATORS = ("rows", "slopes", "sigmoid")
 
@@ -36,7 +36,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return emulation.build("pairwise", tmp_path_factory.mktemp("pairwise"))
 
 
-def case(name: str, dtype: torch.dtype, *, alone: bool) -> tuple[Tensor, pairwise.Pairs]:
+def case(name: str, dtype: torch.dtype, *, alone: bool) -> tuple[Tensor, pair_rules.Pairs]:
     """Products of all queries and keys, and rules."""
     generator = torch.Generator().manual_seed(len(name))
     keys = QUERIES if alone else KEYS
@@ -48,7 +48,7 @@ def case(name: str, dtype: torch.dtype, *, alone: bool) -> tuple[Tensor, pairwis
     weight = torch.randn(KEYS, dtype=dtype, generator=generator)
     weight[3] = -torch.inf
     by_index = name == "index"
-    rules = pairwise.pairs(
+    rules = pair_rules.pairs(
         z,
         query_ids=own[:QUERIES],
         key_ids=others,
@@ -62,7 +62,7 @@ def case(name: str, dtype: torch.dtype, *, alone: bool) -> tuple[Tensor, pairwis
     return (z @ k.T).contiguous(), rules
 
 
-def place(tile: Tensor, rules: pairwise.Pairs, row: int, column: int, m: int) -> dict[str, float]:
+def place(tile: Tensor, rules: pair_rules.Pairs, row: int, column: int, m: int) -> dict[str, float]:
     return {
         "queries": QUERIES,
         "keys": m,
@@ -78,13 +78,15 @@ def place(tile: Tensor, rules: pairwise.Pairs, row: int, column: int, m: int) ->
     }
 
 
-def arrays(rules: pairwise.Pairs) -> dict[str, Tensor | None]:
+def arrays(rules: pair_rules.Pairs) -> dict[str, Tensor | None]:
     names = ("query_ids", "key_ids", "index", "probability", "itself", "log_weight")
     found = {name: getattr(rules, name) for name in names}
     return {name: x.long() if name.endswith("ids") and x is not None else x for name, x in found.items()}
 
 
-def compare(program: Path, folder: Path, tile: Tensor, rules: pairwise.Pairs, at: tuple[int, int], **how: Any) -> None:
+def compare(
+    program: Path, folder: Path, tile: Tensor, rules: pair_rules.Pairs, at: tuple[int, int], **how: Any
+) -> None:
     """One operator on both devices: every tensor that it changes."""
     operator, tensors, numbers, m = how["operator"], how["tensors"], how["numbers"], how["keys"]
     ours = {name: x.clone() for name, x in {"products": tile, **tensors}.items() if x is not None}
@@ -165,7 +167,7 @@ def test_slopes_in_both_directions(
 @pytest.mark.parametrize("name", ["classes", "index"])
 def test_independent_pairs(program: Path, tmp_path: Path, name: str, backward: bool, dtype: torch.dtype) -> None:
     products, rules = case(name, dtype, alone=False)
-    rules = replace(rules, candidate=pairwise.EVERY, itself=None)
+    rules = replace(rules, candidate=pair_rules.EVERY, itself=None)
     tensors = vectors(dtype, "sums" + (" upstream" if backward else ""))
     tensors["bias"] = torch.full((1,), -1.5, dtype=dtype)
 
