@@ -8,7 +8,7 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 instruction set.
 """
 
-from counterpoise.kernels import binary, pairwise, rows, selection, transport
+from counterpoise.kernels import binary, pairwise, rows, selection, soft_rows, transport
 from counterpoise.kernels._library import available, cpu_capability, disabled, load, runs_on
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "rows",
     "runs_on",
     "selection",
+    "soft_rows",
     "transport",
 ]
 

@@ -131,7 +131,8 @@ def row_loss(
 
 def _by_entry(mask: Tensor, y: Tensor) -> Tensor:
     """A mask by row or by entry, flat, one an entry."""
-    return (mask if mask.ndim == y.ndim else mask.reshape(-1, *[1] * (y.ndim - 1)).expand(y.shape)).reshape(-1)
+    whole = mask if mask.ndim == y.ndim else mask.reshape(-1, *[1] * (y.ndim - 1)).expand(y.shape)
+    return whole.reshape(-1).contiguous()
 
 
 def _divisor(kind: int, reduction: str, normalizer: str | float) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import log_softmax
 
 from counterpoise._core import at_least_float32, check_number, check_within, combine_inner, reduce_losses
-from counterpoise.kernels import rows
+from counterpoise.kernels import rows, soft_rows
 from counterpoise.losses._inputs import (
     along_classes,
     as_distribution,
@@ -94,6 +94,9 @@ def adjusted_cross_entropy(
     def plain(z: Tensor, **options: Any) -> Tensor:
         return _plain(z, target, vectors, scale, label_smoothing, ignore_index, mask, **options)
 
+    if soft_rows.runs_soft_rows(logits, target, weight, mask, *vectors):
+        adjusted = (logits, target, plain, vectors, scale, label_smoothing, mask)
+        return soft_rows.soft_row_loss(*adjusted, weight, inner, reduction, normalizer, sync)
     if not rows.runs_rows(logits, target, weight, mask, *vectors):
         return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
     return rows.row_loss(

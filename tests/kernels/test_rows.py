@@ -152,6 +152,8 @@ def test_any_layout(name: str) -> None:
     for z in (logits.t().contiguous().t(), shifted, logits[:1].expand(8, 11), logits.repeat(1, 2)[:, ::2]):
         agree(lambda x: function(x, target, **options), z)
     agree(lambda x: function(x, target.repeat_interleave(2)[::2], **options), logits)
+    mask = torch.arange(16) % 5 > 1
+    agree(lambda x: function(x, target, mask=mask[::2], **options), logits)
 
 
 @each_loss
