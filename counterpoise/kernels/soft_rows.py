@@ -70,7 +70,7 @@ def soft_row_loss(
     *,
     divergence: bool = False,
 ) -> Tensor:
-    """-sum_c w_c t_c log p_c by row, reduced. The arguments are those of its plain form, which has checked their shapes.
+    """-sum_c w_c t_c log p_c by row, reduced. Arguments are those of its plain form, which has checked their shapes.
 
     Args:
         logits, target: (N, C) or (N, C, d1, ...).

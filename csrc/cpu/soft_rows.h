@@ -19,8 +19,9 @@ struct SoftRowProblem {
 
 inline bool row_counts(const SoftRowProblem& p, int64_t row) { return p.mask == nullptr || p.mask[row] != 0; }
 
-constexpr int64_t soft_row_chunk = 1024;  // classes that are taken together
-constexpr int64_t soft_row_state = 3;     // numbers a row that the backward pass needs: SoftRowSlopes without the loss
+constexpr int64_t soft_row_chunk = 1024;    // classes that are taken together
+constexpr int64_t soft_row_kept = 1 << 20;  // classes of the longest row whose exponentials are kept
+constexpr int64_t soft_row_state = 3;       // numbers a row that the backward pass needs: SoftRowSlopes but the loss
 
 struct SoftRowTable {
   // Losses and (unless null) states of rows [begin, end); unless `grad` is null their gradients, times `scale` and

@@ -1,6 +1,7 @@
 // Row-wise family with distributions as targets: a row is read once, in chunks of adjusted logits and targets whose sums
-// are taken relative to the largest logit so far. Where the gradient is wanted with the loss, it is made from the row
-// again while that is still in the cache.
+// are taken relative to the largest logit so far. Where the gradient is wanted with the loss, the exponentials are kept
+// in its memory and become the gradient in a second pass, while the row is still in the cache; those of a long row of a
+// narrow type, which has no room for them, are made again.
 #include "../soft_rows.h"
 
 #include "../../math/soft_rows.h"
@@ -15,11 +16,11 @@ constexpr int64_t chunk = soft_row_chunk;
 
 inline int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
-// One chunk: adjusted logits, masked classes and the padding at -infinity; targets; e_c; u_c - top, for a divergence
-// less log t_c.
+// What of one chunk does not lie elsewhere as it is wanted: adjusted logits; targets, the padding zero; u_c - top, for a
+// divergence less log t_c, the padding -infinity; e_c.
 template <class T>
 struct SoftChunk {
-  alignas(64) T u[chunk], t[chunk], e[chunk], below[chunk];
+  alignas(64) T u[chunk], t[chunk], below[chunk], e[chunk];
 };
 
 // Sums over a row as far as it has been read, see math::SoftRowSums.
@@ -53,30 +54,43 @@ struct SoftRows {
 
   int64_t length(int64_t from) const { return p.classes - from < chunk ? p.classes - from : chunk; }
 
-  // Classes [from, from + n) of a row; whether a target lies outside [0, 1].
-  bool fill(int64_t row, int64_t from, int64_t n, SoftChunk<T>& k) const {
+  // Whether gradients are of the type that is computed in, so that e_c may stand in their place.
+  bool direct() const { return p.logits_type == Type::float32 || p.logits_type == Type::float64; }
+
+  // Where the e_c of classes from `from` on are put.
+  T* place(void* grad, int64_t row, int64_t from, SoftChunk<T>& k) const {
+    return grad != nullptr && direct() ? static_cast<T*>(grad) + row * p.classes + from : k.e;
+  }
+
+  // Targets of classes [from, from + n) of a row into k.t; whether one lies outside [0, 1].
+  bool targets(int64_t row, int64_t from, int64_t n, SoftChunk<T>& k) const {
     const int64_t at = row * p.classes + from;
-    const bool bad = with_float_type(
-        p.target_type, [&](auto* s) { return read_targets(static_cast<decltype(s)>(p.target) + at, n, k.t); });
-    with_float_type(p.logits_type, [&](auto* s) { load(static_cast<decltype(s)>(p.logits) + at, n, k.u); });
+    for (int64_t i = n; i < padded(n); ++i) k.t[i] = 0;
+    return with_float_type(p.target_type, [&](auto* s) {
+      return read_targets(static_cast<decltype(s)>(p.target) + at, n, k.t);
+    });
+  }
+
+  // Adjusted logits of classes [from, from + n), whose targets are in k.t.
+  const T* logits(int64_t row, int64_t from, int64_t n, SoftChunk<T>& k) const {
+    const T* z = in_place(p.logits, p.logits_type, row * p.classes + from, n, k.u);
+    if (multiplicative == nullptr && additive == nullptr && margin == nullptr && scale == 1) return z;
+    if (z != k.u) load(z, n, k.u);
     if (multiplicative != nullptr)
       for (int64_t i = 0; i < n; ++i) k.u[i] *= multiplicative[from + i];
     if (additive != nullptr)
       for (int64_t i = 0; i < n; ++i) k.u[i] += additive[from + i];
     if (margin != nullptr)
       for (int64_t i = 0; i < n; ++i) k.u[i] -= margin[from + i] * k.t[i];
-    if (scale != 1)
-      for (int64_t i = 0; i < n; ++i) k.u[i] *= scale;
-    for (int64_t i = n; i < padded(n); ++i) {
-      k.u[i] = -math::infinity<T>;
-      k.t[i] = 0;
-    }
-    return bad;
+    for (int64_t i = 0; i < n; ++i) k.u[i] *= scale;
+    return k.u;
   }
 
-  void write(const SoftChunk<T>& k, int64_t n, void* grad, int64_t at) const {
+  // Gradients that do not stand in their place already.
+  void write(const T* g, int64_t row, int64_t from, int64_t n, void* grad, const SoftChunk<T>& k) const {
+    if (g != k.e) return;
     with_float_type(p.logits_type, [&](auto* s) {
-      store(k.e, n, static_cast<std::remove_const_t<std::remove_pointer_t<decltype(s)>>*>(grad) + at);
+      store(g, n, static_cast<std::remove_const_t<std::remove_pointer_t<decltype(s)>>*>(grad) + row * p.classes + from);
     });
   }
 };
@@ -88,8 +102,11 @@ auto with_soft_rows(const SoftRowProblem& p, F&& f) {
 }
 
 template <class T>
-void exponentials(const SoftChunk<T>& k, int64_t n, T top, T* __restrict e) {
-  for (int64_t i = 0; i < n; ++i) e[i] = math::exp(k.u[i] - top);
+void exponentials(const T* __restrict u, int64_t n, T top, T* __restrict below, T* __restrict e) {
+  for (int64_t i = 0; i < n; ++i) {
+    below[i] = u[i] - top;
+    e[i] = math::exp(below[i]);
+  }
 }
 
 // Raises the top of what has been added up so far.
@@ -103,9 +120,9 @@ void raise(double top, double factor, SoftPiece& piece) {
   piece.top = top;
 }
 
-// Adds a chunk, whose e and below are relative to the piece's top.
+// Adds the targets of a chunk, whose k.below is relative to the piece's top.
 template <class T>
-void add_chunk(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<T>& k, SoftPiece& piece) {
+void add_targets(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<T>& k, SoftPiece& piece) {
   using V = typename Wide<T>::type;
   const T* w = r.class_weight == nullptr ? nullptr : r.class_weight + from;
   V mass = {}, dot = {}, live = {}, weight = {}, gap = {};
@@ -126,7 +143,6 @@ void add_chunk(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<T>
     weight += here ? each : zeros;
     gap += here ? each * below : zeros;
   }
-  piece.total += static_cast<double>(sum(k.e, padded(n)));
   for (int64_t lane = 0; lane < lanes; ++lane) {
     piece.mass += mass[lane];
     piece.dot += dot[lane];
@@ -136,59 +152,78 @@ void add_chunk(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<T>
   }
 }
 
-// Sums over a row; `bad` becomes true where a target lies outside [0, 1].
+// Sums over a row, whose exponentials go to their place in `grad` and what each chunk's are relative to into `tops`
+// (null = nowhere). `bad` becomes true where a target lies outside [0, 1].
 template <class T>
-math::SoftRowSums<T> sums_of(const SoftRows<T>& r, int64_t row, SoftChunk<T>& k, bool& bad) {
+math::SoftRowSums<T> sums_of(const SoftRows<T>& r, int64_t row, void* grad, T* tops, SoftChunk<T>& k, bool& bad) {
   SoftPiece piece{-math::infinity<double>, 0, 0, 0, 0, 0, 0};
   for (int64_t from = 0, n; from < r.p.classes; from += n) {
     n = r.length(from);
-    bad |= r.fill(row, from, n, k);
-    const T here = largest(k.u, padded(n));
-    if (here > static_cast<T>(piece.top))
-      raise(static_cast<double>(here), static_cast<double>(math::exp(static_cast<T>(piece.top) - here)), piece);
+    bad |= r.targets(row, from, n, k);
+    const T* u = r.logits(row, from, n, k);
+    const T here = largest(u, n), before = static_cast<T>(piece.top);
+    if (here > before) raise(static_cast<double>(here), static_cast<double>(math::exp(before - here)), piece);
+    const T top = static_cast<T>(piece.top);
+    if (tops != nullptr) tops[from / chunk] = top;
+    T* e = r.place(grad, row, from, k);
     // Relative to zero as long as every class was masked: inf - inf would be NaN.
-    const T top = piece.top > -math::infinity<double> ? static_cast<T>(piece.top) : T(0);
-    for (int64_t i = 0; i < padded(n); ++i) k.below[i] = k.u[i] - top;
-    exponentials(k, padded(n), top, k.e);
+    exponentials(u, n, top > -math::infinity<T> ? top : T(0), k.below, e);
+    for (int64_t i = n; i < padded(n); ++i) k.below[i] = -math::infinity<T>;
     if (r.p.divergence)
       for (int64_t i = 0; i < n; ++i) k.below[i] -= math::log_of_target(k.t[i]);
-    add_chunk(r, from, n, k, piece);
+    piece.total += static_cast<double>(sum(e, n));
+    add_targets(r, from, n, k, piece);
   }
-  return {static_cast<T>(piece.top),  static_cast<T>(piece.total),       static_cast<T>(piece.mass),
-          static_cast<T>(piece.dot),  static_cast<T>(piece.live),        static_cast<T>(piece.live_weight),
+  return {static_cast<T>(piece.top),  static_cast<T>(piece.total), static_cast<T>(piece.mass),
+          static_cast<T>(piece.dot),  static_cast<T>(piece.live),  static_cast<T>(piece.live_weight),
           static_cast<T>(piece.gap)};
 }
 
-// The exponentials in k.e become gradients. What would become subnormal is zero: such products are slow, and nothing
-// beside a row's largest slope.
+// The targets that the slopes hold: smoothed, and times the class weights.
 template <class T>
-void slopes_in_chunk(const SoftRows<T>& r, int64_t from, int64_t n, const SoftRowSlopes<T>& s, T factor,
-                     SoftChunk<T>& k) {
-  factor *= r.scale;
-  const T product = s.exponent * factor, hard = 1 - r.smoothing;
-  const T least = std::numeric_limits<T>::min() / (product < 0 ? -product : product);
+const T* weighed_targets(const SoftRows<T>& r, int64_t row, int64_t from, int64_t n, T share, SoftChunk<T>& k) {
   const T* w = r.class_weight == nullptr ? nullptr : r.class_weight + from;
-  if (r.smoothing != 0)
-    for (int64_t i = 0; i < n; ++i) k.t[i] = hard * k.t[i] + (k.u[i] > -math::infinity<T> ? s.share : T(0));
+  if (w == nullptr && r.smoothing == 0)
+    return in_place(r.p.target, r.p.target_type, row * r.p.classes + from, n, k.t);
+  r.targets(row, from, n, k);
+  if (r.smoothing != 0) {
+    const T* u = r.logits(row, from, n, k);
+    const T hard = 1 - r.smoothing;
+    for (int64_t i = 0; i < n; ++i) k.t[i] = hard * k.t[i] + (u[i] > -math::infinity<T> ? share : T(0));
+  }
   if (w != nullptr)
     for (int64_t i = 0; i < n; ++i) k.t[i] *= w[i];
-  for (int64_t i = 0; i < n; ++i) k.e[i] = ((k.e[i] < least ? T(0) : k.e[i]) * s.exponent - k.t[i]) * factor;
-  if (r.multiplicative != nullptr)
-    for (int64_t i = 0; i < n; ++i) k.e[i] *= r.multiplicative[from + i];
+  return k.t;
 }
 
-// With `at_hand` a row of one chunk is in it already.
+// The exponentials in g become gradients. What would become subnormal is zero: such products are slow, and nothing
+// beside a row's largest slope.
 template <class T>
-void write_row(const SoftRows<T>& r, int64_t row, const SoftRowSlopes<T>& s, T factor, bool at_hand, void* grad,
+void slopes_in_chunk(const T* __restrict t, const T* __restrict multiplicative, int64_t n, T exponent, T factor,
+                     T* __restrict g) {
+  const T product = exponent * factor;
+  const T least = std::numeric_limits<T>::min() / (product < 0 ? -product : product);
+  for (int64_t i = 0; i < n; ++i) g[i] = ((g[i] < least ? T(0) : g[i]) * exponent - t[i]) * factor;
+  if (multiplicative != nullptr)
+    for (int64_t i = 0; i < n; ++i) g[i] *= multiplicative[i];
+}
+
+// From the exponentials that stand in their places relative to `tops`, or (null) from the logits.
+template <class T>
+void write_row(const SoftRows<T>& r, int64_t row, const SoftRowSlopes<T>& s, T factor, const T* tops, void* grad,
                SoftChunk<T>& k) {
   for (int64_t from = 0, n; from < r.p.classes; from += n) {
     n = r.length(from);
-    if (!at_hand || r.p.classes > chunk) {
-      r.fill(row, from, n, k);
-      exponentials(k, padded(n), s.top, k.e);
+    T *g = r.place(grad, row, from, k), exponent = s.exponent;
+    if (tops == nullptr) {
+      if (r.margin != nullptr) r.targets(row, from, n, k);
+      exponentials(r.logits(row, from, n, k), n, s.top, k.below, g);
+    } else if (tops[from / chunk] != s.top) {
+      exponent *= math::exp(tops[from / chunk] - s.top);
     }
-    slopes_in_chunk(r, from, n, s, factor, k);
-    r.write(k, n, grad, row * r.p.classes + from);
+    const T* t = weighed_targets(r, row, from, n, s.share, k);
+    slopes_in_chunk(t, r.multiplicative == nullptr ? nullptr : r.multiplicative + from, n, exponent, factor * r.scale, g);
+    r.write(g, row, from, n, grad, k);
   }
 }
 
@@ -197,7 +232,7 @@ void write_zeros(const SoftRows<T>& r, int64_t row, void* grad, SoftChunk<T>& k)
   for (int64_t i = 0; i < chunk; ++i) k.e[i] = 0;
   for (int64_t from = 0, n; from < r.p.classes; from += n) {
     n = r.length(from);
-    r.write(k, n, grad, row * r.p.classes + from);
+    r.write(k.e, row, from, n, grad, k);
   }
 }
 
@@ -212,18 +247,20 @@ bool rows(const SoftRowProblem& p, int64_t begin, int64_t end, const void* weigh
           void* state, void* grad) {
   return with_soft_rows(p, [&]<class T>(const SoftRows<T>& r) {
     const T* w = static_cast<const T*>(weight);
+    const bool keeps = p.classes <= chunk || (r.direct() && p.classes <= soft_row_kept);
     SoftChunk<T> k;
+    T at_tops[soft_row_kept / chunk], *tops = keeps ? at_tops : nullptr;
     bool bad = false;
     for (int64_t row = begin; row < end; ++row) {
       const bool counts = row_counts(p, row);
-      const auto s = counts ? math::soft_row_slopes(sums_of(r, row, k, bad), r.smoothing) : SoftRowSlopes<T>{};
+      const auto s = counts ? math::soft_row_slopes(sums_of(r, row, grad, tops, k, bad), r.smoothing) : SoftRowSlopes<T>{};
       static_cast<T*>(losses)[row] = s.loss;
       if (state != nullptr) keep_state(s, static_cast<T*>(state) + row * soft_row_state);
       if (grad == nullptr) continue;
-      if (!counts) {
-        write_zeros(r, row, grad, k);
+      if (counts) {
+        write_row(r, row, s, static_cast<T>(scale) * (w == nullptr ? T(1) : w[row]), tops, grad, k);
       } else {
-        write_row(r, row, s, static_cast<T>(scale) * (w == nullptr ? T(1) : w[row]), true, grad, k);
+        write_zeros(r, row, grad, k);
       }
     }
     return bad;
@@ -233,11 +270,12 @@ bool rows(const SoftRowProblem& p, int64_t begin, int64_t end, const void* weigh
 void backward(const SoftRowProblem& p, int64_t begin, int64_t end, const void* state, const void* by_row, void* grad) {
   with_soft_rows(p, [&]<class T>(const SoftRows<T>& r) {
     SoftChunk<T> k;
+    const T* const nowhere = nullptr;
     for (int64_t row = begin; row < end; ++row) {
       const T* its = static_cast<const T*>(state) + row * soft_row_state;
       if (row_counts(p, row)) {
         const SoftRowSlopes<T> s = {0, its[0], its[1], its[2]};
-        write_row(r, row, s, static_cast<const T*>(by_row)[row], false, grad, k);
+        write_row(r, row, s, static_cast<const T*>(by_row)[row], nowhere, grad, k);
       } else {
         write_zeros(r, row, grad, k);
       }
