@@ -81,7 +81,7 @@ def _transport(ot: Any, x: Tensor) -> Tensor:
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
-    "row-wise, soft": SelfTest("soft_rows_total", "counterpoise.losses", _soft_row_wise),
+    "row-wise/soft": SelfTest("soft_rows_total", "counterpoise.losses", _soft_row_wise),
     # So many rows that their similarities are taken in tiles.
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
     "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),

@@ -92,8 +92,9 @@ def soft_row_loss(
     entries = target[:, 0]
     flat_mask = None if mask is None else _by_entry(mask, entries)
     dense = [x if x is None else x.to(logits.device, computed).contiguous() for x in vectors]
-    t = target if logits.is_cpu or target.dtype == logits.dtype else target.to(computed)  # what a GPU has kernels for
-    inputs = (_as_rows(t), flat_mask, *dense)
+    known_type = logits.is_cpu or target.dtype == logits.dtype  # to the kernels of the device
+    t = _as_rows(target if known_type else target.to(computed))
+    inputs = (t, flat_mask, *dense)
     settings = [divergence, scale, smoothing]
     known = normalizer != "weight" or dense[3] is None  # what is divided by, before the targets have been read
     try:
@@ -113,7 +114,7 @@ def soft_row_loss(
     carried = None
     if normalizer == "weight":
         ones = torch.ones_like(losses, requires_grad=False)
-        masses = ones if dense[3] is None else (inputs[0].to(computed) @ dense[3]).reshape(entries.shape)
+        masses = ones if dense[3] is None else (t.to(computed) @ dense[3]).reshape(entries.shape)
         carried = combine_inner(masses, counted, inner)[0]
     return reduce_losses(
         rows,
