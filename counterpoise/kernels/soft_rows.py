@@ -1,7 +1,7 @@
 """Row-wise family with distributions as targets: cross-entropy with probabilities, and divergence from them.
 
 Logits and targets are read once for the loss. On the host the gradient of a mean or sum is made with it, from a row
-that is still in the cache; elsewhere the forward pass keeps three numbers a row, from which the backward pass makes the
+that is still in the cache; elsewhere the forward pass keeps five numbers a row, from which the backward pass makes the
 gradient in one more pass. Second derivatives go through the plain reference. Sums are added in a fixed order: the same
 result on every run and for every number of threads.
 """
@@ -22,7 +22,7 @@ _INPUTS = (
     "Tensor logits, Tensor target, Tensor? mask, Tensor? multiplicative, Tensor? additive, Tensor? margin, "
     "Tensor? class_weight"
 )
-_STATE = 3  # numbers a row
+_STATE = 5  # numbers a row
 
 define(f"soft_rows_each({_INPUTS}, float[] settings, Tensor(a!) losses, Tensor(b!) state) -> ()")
 define(f"soft_rows_backward({_INPUTS}, float[] settings, Tensor state, Tensor by_row, Tensor(a!) grad) -> ()")
@@ -41,7 +41,7 @@ def runs_soft_rows(logits: Tensor, target: Tensor, *others: Tensor | None) -> bo
 
     Args:
         logits: (N, C, ...), the differentiable input.
-        target: probabilities of the same shape, or class indices, which are no business of these kernels.
+        target: probabilities (or logits) of the same shape, or class indices, which are no business of these kernels.
         others: class vectors, weights, masks; None is skipped.
     """
     if target.dtype not in TYPES or target.requires_grad or not runs_on(logits, "soft_rows_total"):
@@ -69,6 +69,7 @@ def soft_row_loss(
     sync: bool,
     *,
     divergence: bool = False,
+    target_scale: float = 0.0,
 ) -> Tensor:
     """-sum_c w_c t_c log p_c by row, reduced. Arguments are those of its plain form, which has checked their shapes.
 
@@ -79,6 +80,7 @@ def soft_row_loss(
         smoothing: mass of the target that is spread over the classes that are not masked.
         divergence: sum_c w_c t_c (log t_c - log p_c), Kullback's and Leibler's of the target from the softmax; with
             smoothing it is the plain form's.
+        target_scale: not 0: the target is logits, say of a teacher, and t the softmax of so many times them.
 
     Raises:
         ValueError: a target outside [0, 1]; on an accelerator an assertion on the device.
@@ -95,7 +97,7 @@ def soft_row_loss(
     known_type = logits.is_cpu or target.dtype == logits.dtype  # to the kernels of the device
     t = _as_rows(target if known_type else target.to(computed))
     inputs = (t, flat_mask, *dense)
-    settings = [divergence, scale, smoothing]
+    settings = [divergence, scale, smoothing, target_scale]
     known = normalizer != "weight" or dense[3] is None  # what is divided by, before the targets have been read
     try:
         if known and not (sync or reduction == "none" or logits.ndim > 2):
@@ -114,7 +116,8 @@ def soft_row_loss(
     carried = None
     if normalizer == "weight":
         ones = torch.ones_like(losses, requires_grad=False)
-        masses = ones if dense[3] is None else (t.to(computed) @ dense[3]).reshape(entries.shape)
+        probabilities = torch.softmax(t.to(computed) * target_scale, 1) if target_scale else t.to(computed)
+        masses = ones if dense[3] is None else (probabilities @ dense[3]).reshape(entries.shape)
         carried = combine_inner(masses, counted, inner)[0]
     return reduce_losses(
         rows,

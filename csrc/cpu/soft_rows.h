@@ -15,13 +15,15 @@ struct SoftRowProblem {
   int64_t rows, classes;
   bool divergence;  // less the target's entropy; without smoothing
   double scale, smoothing;
+  double target_scale;  // targets are logits, the softmax is of so many times them; 0: they are probabilities
 };
 
 inline bool row_counts(const SoftRowProblem& p, int64_t row) { return p.mask == nullptr || p.mask[row] != 0; }
 
 constexpr int64_t soft_row_chunk = 1024;    // classes that are taken together
 constexpr int64_t soft_row_kept = 1 << 20;  // classes of the longest row whose exponentials are kept
-constexpr int64_t soft_row_state = 3;       // numbers a row that the backward pass needs: SoftRowSlopes but the loss
+// Numbers a row that the backward pass needs: SoftRowSlopes but the loss, and TargetSoftmax.
+constexpr int64_t soft_row_state = 5;
 
 struct SoftRowTable {
   // Losses and (unless null) states of rows [begin, end); unless `grad` is null their gradients, times `scale` and

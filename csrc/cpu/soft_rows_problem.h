@@ -10,7 +10,7 @@
 namespace counterpoise {
 
 // The numbers of a call, in the order of counterpoise/kernels/soft_rows.py.
-enum SoftRowSetting { SoftDivergence, SoftScale, SoftSmoothing, SoftNormalizer, SoftNumber };
+enum SoftRowSetting { SoftDivergence, SoftScale, SoftSmoothing, SoftTargetScale, SoftNormalizer, SoftNumber };
 
 // What "mean" divides by; the first codes of NORMALIZERS in counterpoise/kernels/rows.py.
 enum class SoftDivisor : int { number, count, weight };
@@ -33,7 +33,8 @@ inline SoftRowProblem soft_row_problem(const Tensor& logits, const Tensor& targe
           logits.size(1),
           settings[SoftDivergence] != 0,
           settings[SoftScale],
-          settings[SoftSmoothing]};
+          settings[SoftSmoothing],
+          settings[SoftTargetScale]};
 }
 
 #define CP_SOFT_ROW_INPUTS                                                                                \

@@ -1,5 +1,6 @@
 // Row-wise family with distributions as targets, after the pattern of rows.cuh: the forward pass reads logits and targets
-// of a row once and leaves three numbers, from which the backward pass makes the gradient in one more pass.
+// of a row once (targets that are logits twice) and leaves five numbers, from which the backward pass makes the gradient
+// in one more pass.
 #pragma once
 
 #include "../cpu/soft_rows.h"
@@ -17,7 +18,7 @@ struct SoftRowInput {
   const uint8_t* mask;
   const T *multiplicative, *additive, *margin, *class_weight;
   int64_t rows, classes;
-  T scale, smoothing;
+  T scale, smoothing, target_scale;
   bool divergence;
   bool packs;  // whether every row may be read and written in packs
   int lanes;   // threads that share a row: a warp or the block
@@ -70,11 +71,24 @@ struct MergeSoftRows {
   }
 };
 
+template <class S, class Y>
+CP_DEVICE math::TargetSoftmax<computed_t<S>> target_softmax(const SoftRowInput<S, Y>& p, const RowGroup& who,
+                                                            int64_t row, LogSum<computed_t<S>>* scratch) {
+  using T = computed_t<S>;
+  if (p.target_scale == 0) return {0, 1};
+  LogSum<T> mine = Merge::none<LogSum<T>>();
+#pragma unroll 4  // so that several loads are under way before the first is used
+  for (int64_t j = who.rank; j < p.classes; j += who.lanes)
+    mine = Merge()(mine, LogSum<T>{static_cast<T>(widen(p.target[row * p.classes + j])) * p.target_scale, 1});
+  const LogSum<T> all = who.reduce(mine, Merge(), scratch);
+  return {all.largest, 1 / all.sum};
+}
+
 // visit(adjusted logits, targets, first class, distance) for all that this thread has of classes [from, to); what lies
 // beyond is given as a masked class with target zero.
 template <class S, class Y, class F>
 CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, int64_t from, int64_t to,
-                                F&& visit) {
+                                const math::TargetSoftmax<computed_t<S>>& of_target, F&& visit) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   const S* z = p.logits + row * p.classes;
@@ -97,6 +111,8 @@ CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const int64_t at = j + k * step;
+      if (p.target_scale != 0 && at < to)
+        t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
       u[k] = at < to ? p.adjusted(u[k], t[k], at) : -math::infinity<T>;
     }
     visit(u, t, j, step);
@@ -104,12 +120,13 @@ CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who
 }
 
 template <class S, class Y>
-CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row) {
+CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row,
+                                                       const math::TargetSoftmax<computed_t<S>>& of_target) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   SoftRowShare<T> mine = MergeSoftRows::none<SoftRowShare<T>>();
   bool bad = false;
-  for_soft_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+  for_soft_classes(p, who, row, 0, p.classes, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
     T top = mine.top;
 #pragma unroll
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
@@ -120,7 +137,7 @@ CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p,
       const T below = u[k] - base;
       const bool live = p.smoothing != 0 && u[k] > -math::infinity<T>;
       mine.total += math::exp(below);
-      bad = bad || !(t[k] >= 0 && t[k] <= 1);
+      bad = bad || (p.target_scale == 0 && !(t[k] >= 0 && t[k] <= 1));
       const T w = t[k] != 0 || live ? p.weight(j + k * step) : T(0), a = w * t[k];
       mine.mass += a;
       mine.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
@@ -134,28 +151,33 @@ CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p,
 }
 
 template <class T>
-CP_DEVICE void write_soft_slopes(const math::SoftRowSlopes<T>& s, int64_t row, T* losses, T* state) {
+CP_DEVICE void write_soft_slopes(const math::SoftRowSlopes<T>& s, const math::TargetSoftmax<T>& of_target, int64_t row,
+                                 T* losses, T* state) {
   losses[row] = s.loss;
   state += row * soft_row_state;
   state[0] = s.top;
   state[1] = s.exponent;
   state[2] = s.share;
+  state[3] = of_target.top;
+  state[4] = of_target.factor;
 }
 
 template <class S, class Y>
-__global__ void __launch_bounds__(row_threads)
+__global__ void __launch_bounds__(row_threads, 2)
     soft_rows_forward(SoftRowInput<S, Y> p, computed_t<S>* losses, computed_t<S>* state) {
   using T = computed_t<S>;
   __shared__ SoftRowShare<T> scratch[warp_size];
+  __shared__ LogSum<T> target_scratch[warp_size];
   const RowGroup who(p.lanes);
   for (int64_t row = who.first; row < p.rows; row += who.stride) {
     if (!p.counts(row)) {
-      if (who.rank == 0) write_soft_slopes(math::SoftRowSlopes<T>{}, row, losses, state);
+      if (who.rank == 0) write_soft_slopes(math::SoftRowSlopes<T>{}, {}, row, losses, state);
       continue;
     }
-    const SoftRowShare<T> s = who.reduce(soft_share_of(p, who, row), MergeSoftRows(), scratch);
+    const math::TargetSoftmax<T> of_target = target_softmax(p, who, row, target_scratch);
+    const SoftRowShare<T> s = who.reduce(soft_share_of(p, who, row, of_target), MergeSoftRows(), scratch);
     const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
-    if (who.rank == 0) write_soft_slopes(math::soft_row_slopes(sums, p.smoothing), row, losses, state);
+    if (who.rank == 0) write_soft_slopes(math::soft_row_slopes(sums, p.smoothing), of_target, row, losses, state);
   }
 }
 
@@ -172,7 +194,7 @@ __global__ void __launch_bounds__(row_threads, 2)
     const bool counts = p.counts(row);
     const T* its = state + row * soft_row_state;
     const T top = its[0], exponent = its[1], share = its[2], by = by_row[row] * p.scale;
-    for_soft_classes(p, who, row, from, to, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+    for_soft_classes(p, who, row, from, to, {its[3], its[4]}, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
       T g[width];
 #pragma unroll
       for (int k = 0; k < width; ++k) {
@@ -234,6 +256,7 @@ SoftRowInput<S, Y> soft_row_input(const SoftRowProblem& p, const void* grad) {
           p.classes,
           static_cast<T>(p.scale),
           static_cast<T>(p.smoothing),
+          static_cast<T>(p.target_scale),
           p.divergence,
           packs,
           p.classes <= row_of_warp ? warp_size : row_threads};

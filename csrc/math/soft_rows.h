@@ -26,6 +26,12 @@ struct SoftRowSlopes {
   T loss, top, exponent, share;
 };
 
+// Of a target that is given as logits v: t_c = factor * exp(v_c - top).
+template <class T>
+struct TargetSoftmax {
+  T top, factor;
+};
+
 template <class T>
 CP_INLINE SoftRowSlopes<T> soft_row_slopes(const SoftRowSums<T>& s, T smoothing) {
   const T share = smoothing == 0 ? T(0) : smoothing / s.live, hard = 1 - smoothing;

@@ -56,6 +56,22 @@ def divergence(
     return soft_rows.soft_row_loss(logits, target, plain, vectors, 1.0, 0.0, mask, **options, divergence=True)
 
 
+def distillation(logits: Tensor, target: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """As ``divergence``, of a teacher's logits at temperature 2 of which the target is the softmax."""
+    teacher = 2 * torch.where((target == 0).all(1, keepdim=True), 0, target.log())
+    if not soft_rows.runs_soft_rows(logits, teacher, options.get("weight"), mask):
+        t = torch.softmax(at_least_float32(teacher.to(logits.dtype)) / 2, 1)
+        return divergence(logits, t, mask=mask, **options)
+    options = {"weight": None, "inner": "mean", "reduction": "mean", "normalizer": "count", "sync": False} | options
+    how = {"divergence": True, "target_scale": 0.5}
+
+    def plain(z: Tensor, **options: Any) -> Tensor:
+        with kernels.disabled():
+            return distillation(z, target, mask=mask, **options)
+
+    return soft_rows.soft_row_loss(logits, teacher, plain, (None,) * 4, 1.0, 0.0, mask, **options, **how)
+
+
 LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "cross-entropy": (cross_entropy_loss, {}),
     "smoothed": (cross_entropy_loss, {"label_smoothing": 0.1}),
@@ -64,6 +80,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "adjusted": (adjusted_cross_entropy, {"scale": 3.0, "additive": 1, "multiplicative": 1, "margin": 1}),
     "all": (adjusted_cross_entropy, {"label_smoothing": 0.3, "additive": 1, "class_weight": 1, "margin": 1}),
     "divergence": (divergence, {}),
+    "distillation": (distillation, {}),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -192,7 +209,7 @@ def test_masked_classes_and_large_logits(name: str) -> None:
                 assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "divergence"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("divergence", "distillation")])
 def test_mass_on_a_masked_class_costs_infinitely_much(name: str) -> None:
     function, options, logits, target = problem(name, 4, 6)
     logits[2, 1], target[2, 1] = -torch.inf, 0.5
@@ -300,10 +317,11 @@ def test_transforms_take_the_plain_form(name: str) -> None:
     torch.testing.assert_close(rows.sum(0), torch.autograd.grad(losses.sum(), z)[0])
 
 
-@pytest.mark.parametrize("name", ["all", "divergence"])
+@pytest.mark.parametrize("name", ["all", "divergence", "distillation"])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"normalizer": "weight"}])
 def test_compiles_in_one_graph(name: str, options: dict[str, Any]) -> None:
     function, settings, logits, target = problem(name, 5, 7)
+    torch.compiler.reset()
 
     def call(z: Tensor) -> Tensor:
         return function(z, target, weight=torch.ones(5), **options, **settings)
@@ -319,8 +337,8 @@ def test_operators_keep_their_schemas() -> None:
     vector, weight, mask = torch.rand(7), torch.rand(5), torch.arange(5) > 0
     ops = torch.ops.counterpoise
     inputs = (logits, target, mask, vector, vector, vector, vector)
-    for settings in ([False, 2.0, 0.1, 1, 0.0], [True, 1.0, 0.0, 2, 0.0]):
-        losses, state, value, grad = torch.zeros(5), torch.zeros(5, 3), torch.zeros(()), torch.zeros(5, 7)
+    for settings in ([False, 2.0, 0.1, 0.0, 1, 0.0], [True, 1.0, 0.0, 0.5, 2, 0.0]):
+        losses, state, value, grad = torch.zeros(5), torch.zeros(5, 5), torch.zeros(()), torch.zeros(5, 7)
         torch.library.opcheck(ops.soft_rows_each, (*inputs, settings, losses, state))
         ops.soft_rows_each(*inputs, settings, losses, state)
         torch.library.opcheck(ops.soft_rows_backward, (*inputs, settings, state, losses, grad))
@@ -333,6 +351,29 @@ def test_a_divergence_from_itself_is_zero() -> None:
     value, grad = value_and_grad(lambda z: divergence(z, torch.softmax(logits, 1)), logits)
     assert value.abs() < 1e-5
     assert grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 1500), (3, 5, 4)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("normalizer", ["count", "weight"])
+def test_logits_as_targets_are_their_softmax(shape: tuple[int, ...], smoothing: float, normalizer: str) -> None:
+    _, options, logits, _ = problem("adjusted", *shape)
+    vectors = {**options, "class_weight": options["margin"].flip(0)}
+    scale = vectors.pop("scale")
+    teacher = 50 * torch.randn(shape, dtype=torch.float64)
+    weight = torch.rand(len(logits), dtype=torch.float64)
+
+    def ours(z: Tensor) -> Tensor:
+        ordered = tuple(vectors[name] for name in ("multiplicative", "additive", "margin", "class_weight"))
+        how = (None, weight, "mean", "mean", normalizer, False)
+        return soft_rows.soft_row_loss(z, teacher, pytest.fail, ordered, scale, smoothing, *how, target_scale=0.5)
+
+    def theirs(z: Tensor) -> Tensor:
+        settings = {"weight": weight, "normalizer": normalizer, "label_smoothing": smoothing, "scale": scale}
+        return adjusted_cross_entropy(z, torch.softmax(teacher / 2, 1), **settings, **vectors)
+
+    for a, b in zip(value_and_grad(ours, logits), value_and_grad(theirs, logits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_a_smoothed_divergence_is_the_plain_forms() -> None:

@@ -36,6 +36,7 @@ def emulated(
     t: Tensor,
     *,
     divergence: bool = False,
+    target_scale: float = 0.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     divisor: str = "count",
@@ -49,6 +50,7 @@ def emulated(
         "divergence": divergence,
         "scale": options.get("scale", 1.0),
         "smoothing": options.get("label_smoothing", 0.0),
+        "target_scale": target_scale,
         "divisor": DIVISORS.index(divisor),
         "number": 2.5,
         "logits_type": emulation.TYPES.index(z.dtype),
@@ -65,7 +67,11 @@ def compare(program: Path, folder: Path, name: str, z: Tensor, t: Tensor, **how:
     """Losses, total and gradient against the plain form in float64; what the kernels gave."""
     function, _ = LOSSES[name]
     options = how.pop("options")
-    out = emulated(program, folder, options, z, t, divergence=name == "divergence", **how)
+    given, scale = (
+        (t, 0.0) if name != "distillation" else (torch.where((t == 0).all(1, keepdim=True), 0, t.log()) * 2, 0.5)
+    )
+    how["divergence"] = name in ("divergence", "distillation")
+    out = emulated(program, folder, options, z, given, target_scale=scale, **how)
     divisor = how.get("divisor", "count")
     settings = {
         "mask": how.get("mask"),
@@ -98,12 +104,12 @@ def test_every_form_equals_its_plain_one(program: Path, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["adjusted", "all", "divergence"])
+@pytest.mark.parametrize("name", ["adjusted", "all", "divergence", "distillation"])
 def test_ragged_sizes(program: Path, tmp_path: Path, shape: tuple[int, int], name: str) -> None:
     _, options, z, t = problem(name, *shape)
     z, t = z.float(), t.float()
     out = compare(program, tmp_path / "case", name, z, t, options=options)
-    again = emulated(program, tmp_path / "case", options, z, t, divergence=name == "divergence")
+    again = compare(program, tmp_path / "case", name, z, t, options=options)
     assert all(torch.equal(out[key], again[key]) for key in out)
 
 

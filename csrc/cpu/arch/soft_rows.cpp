@@ -11,6 +11,7 @@ namespace counterpoise::CP_ARCH {
 namespace {
 
 using math::SoftRowSlopes;
+using math::TargetSoftmax;
 
 constexpr int64_t chunk = soft_row_chunk;
 
@@ -21,6 +22,7 @@ inline int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 template <class T>
 struct SoftChunk {
   alignas(64) T u[chunk], t[chunk], below[chunk], e[chunk];
+  TargetSoftmax<T> of_target;  // of the row, where targets are logits
 };
 
 // Sums over a row as far as it has been read, see math::SoftRowSums.
@@ -44,12 +46,12 @@ bool read_targets(const S* __restrict from, int64_t n, T* __restrict t) {
 template <class T>
 struct SoftRows {
   const SoftRowProblem& p;
-  T scale, smoothing;
+  T scale, smoothing, target_scale;
   const T *multiplicative, *additive, *margin, *class_weight;
 
   explicit SoftRows(const SoftRowProblem& p)
       : p(p), scale(static_cast<T>(p.scale)), smoothing(static_cast<T>(p.smoothing)),
-        multiplicative(static_cast<const T*>(p.multiplicative)), additive(static_cast<const T*>(p.additive)),
+        target_scale(static_cast<T>(p.target_scale)),        multiplicative(static_cast<const T*>(p.multiplicative)), additive(static_cast<const T*>(p.additive)),
         margin(static_cast<const T*>(p.margin)), class_weight(static_cast<const T*>(p.class_weight)) {}
 
   int64_t length(int64_t from) const { return p.classes - from < chunk ? p.classes - from : chunk; }
@@ -66,9 +68,22 @@ struct SoftRows {
   bool targets(int64_t row, int64_t from, int64_t n, SoftChunk<T>& k) const {
     const int64_t at = row * p.classes + from;
     for (int64_t i = n; i < padded(n); ++i) k.t[i] = 0;
+    if (target_scale != 0) {
+      target_logits(row, from, n, k);
+      for (int64_t i = 0; i < n; ++i) k.t[i] = math::exp(k.t[i] - k.of_target.top) * k.of_target.factor;
+      return false;
+    }
     return with_float_type(p.target_type, [&](auto* s) {
       return read_targets(static_cast<decltype(s)>(p.target) + at, n, k.t);
     });
+  }
+
+  // The logits that classes [from, from + n) have for targets, scaled, into k.t.
+  void target_logits(int64_t row, int64_t from, int64_t n, SoftChunk<T>& k) const {
+    with_float_type(p.target_type, [&](auto* s) {
+      load(static_cast<decltype(s)>(p.target) + row * p.classes + from, n, k.t);
+    });
+    for (int64_t i = 0; i < n; ++i) k.t[i] *= target_scale;
   }
 
   // Adjusted logits of classes [from, from + n), whose targets are in k.t.
@@ -120,6 +135,26 @@ void raise(double top, double factor, SoftPiece& piece) {
   piece.top = top;
 }
 
+// Sets of_target; the row is then in the cache.
+template <class T>
+void look_at_target(const SoftRows<T>& r, int64_t row, SoftChunk<T>& k) {
+  if (r.target_scale == 0) return;
+  T top = -math::infinity<T>;
+  double total = 0;
+  for (int64_t from = 0, n; from < r.p.classes; from += n) {
+    n = r.length(from);
+    r.target_logits(row, from, n, k);
+    const T here = largest(k.t, n);
+    if (here > top) {
+      total *= static_cast<double>(math::exp(top - here));
+      top = here;
+    }
+    exponentials(k.t, n, top > -math::infinity<T> ? top : T(0), k.below, k.e);
+    total += static_cast<double>(sum(k.e, n));
+  }
+  k.of_target = {top, static_cast<T>(1 / total)};
+}
+
 // Adds the targets of a chunk, whose k.below is relative to the piece's top.
 template <class T>
 void add_targets(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<T>& k, SoftPiece& piece) {
@@ -157,6 +192,7 @@ void add_targets(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<
 template <class T>
 math::SoftRowSums<T> sums_of(const SoftRows<T>& r, int64_t row, void* grad, T* tops, SoftChunk<T>& k, bool& bad) {
   SoftPiece piece{-math::infinity<double>, 0, 0, 0, 0, 0, 0};
+  look_at_target(r, row, k);
   for (int64_t from = 0, n; from < r.p.classes; from += n) {
     n = r.length(from);
     bad |= r.targets(row, from, n, k);
@@ -183,7 +219,7 @@ math::SoftRowSums<T> sums_of(const SoftRows<T>& r, int64_t row, void* grad, T* t
 template <class T>
 const T* weighed_targets(const SoftRows<T>& r, int64_t row, int64_t from, int64_t n, T share, SoftChunk<T>& k) {
   const T* w = r.class_weight == nullptr ? nullptr : r.class_weight + from;
-  if (w == nullptr && r.smoothing == 0)
+  if (w == nullptr && r.smoothing == 0 && r.target_scale == 0)
     return in_place(r.p.target, r.p.target_type, row * r.p.classes + from, n, k.t);
   r.targets(row, from, n, k);
   if (r.smoothing != 0) {
@@ -237,10 +273,12 @@ void write_zeros(const SoftRows<T>& r, int64_t row, void* grad, SoftChunk<T>& k)
 }
 
 template <class T>
-void keep_state(const SoftRowSlopes<T>& s, T* state) {
+void keep_state(const SoftRowSlopes<T>& s, const TargetSoftmax<T>& of_target, T* state) {
   state[0] = s.top;
   state[1] = s.exponent;
   state[2] = s.share;
+  state[3] = of_target.top;
+  state[4] = of_target.factor;
 }
 
 bool rows(const SoftRowProblem& p, int64_t begin, int64_t end, const void* weight, double scale, void* losses,
@@ -249,13 +287,14 @@ bool rows(const SoftRowProblem& p, int64_t begin, int64_t end, const void* weigh
     const T* w = static_cast<const T*>(weight);
     const bool keeps = p.classes <= chunk || (r.direct() && p.classes <= soft_row_kept);
     SoftChunk<T> k;
+    k.of_target = {};
     T at_tops[soft_row_kept / chunk], *tops = keeps ? at_tops : nullptr;
     bool bad = false;
     for (int64_t row = begin; row < end; ++row) {
       const bool counts = row_counts(p, row);
       const auto s = counts ? math::soft_row_slopes(sums_of(r, row, grad, tops, k, bad), r.smoothing) : SoftRowSlopes<T>{};
       static_cast<T*>(losses)[row] = s.loss;
-      if (state != nullptr) keep_state(s, static_cast<T*>(state) + row * soft_row_state);
+      if (state != nullptr) keep_state(s, k.of_target, static_cast<T*>(state) + row * soft_row_state);
       if (grad == nullptr) continue;
       if (counts) {
         write_row(r, row, s, static_cast<T>(scale) * (w == nullptr ? T(1) : w[row]), tops, grad, k);
@@ -275,6 +314,7 @@ void backward(const SoftRowProblem& p, int64_t begin, int64_t end, const void* s
       const T* its = static_cast<const T*>(state) + row * soft_row_state;
       if (row_counts(p, row)) {
         const SoftRowSlopes<T> s = {0, its[0], its[1], its[2]};
+        k.of_target = {its[3], its[4]};
         write_row(r, row, s, static_cast<const T*>(by_row)[row], nowhere, grad, k);
       } else {
         write_zeros(r, row, grad, k);

@@ -21,7 +21,8 @@ SoftRowProblem problem(Folder& in) {
           in.whole("classes"),
           in.whole("divergence") != 0,
           in.number("scale"),
-          in.number("smoothing")};
+          in.number("smoothing"),
+          in.number("target_scale")};
 }
 
 template <class S, class Y>
