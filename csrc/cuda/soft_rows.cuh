@@ -1,6 +1,6 @@
-// Row-wise family with distributions as targets, after the pattern of rows.cuh: the forward pass reads logits and targets
-// of a row once (targets that are logits twice) and leaves five numbers, from which the backward pass makes the gradient
-// in one more pass.
+// Row-wise family with distributions as targets, after the pattern of rows.cuh: the forward pass reads a row's logits
+// and targets once (targets that are logits twice) and leaves five numbers, from which the backward pass makes the
+// gradient in one more pass.
 #pragma once
 
 #include "../cpu/soft_rows.h"
@@ -66,7 +66,12 @@ struct MergeSoftRows {
   CP_DEVICE SoftRowShare<T> operator()(const SoftRowShare<T>& a, const SoftRowShare<T>& b) const {
     const T top = a.top > b.top ? a.top : b.top;
     const SoftRowShare<T> x = raised(a, top), y = raised(b, top);
-    return {top,          x.total + y.total, x.mass + y.mass, x.dot + y.dot, x.live + y.live, x.live_weight + y.live_weight,
+    return {top,
+            x.total + y.total,
+            x.mass + y.mass,
+            x.dot + y.dot,
+            x.live + y.live,
+            x.live_weight + y.live_weight,
             x.gap + y.gap};
   }
 };
@@ -95,7 +100,8 @@ CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who
   const Y* y = p.target + row * p.classes;
   const int step = p.packs ? 1 : who.lanes;
 #pragma unroll 2  // so that several loads are under way before the first is used
-  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to; j += static_cast<int64_t>(who.lanes) * width) {
+  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to;
+       j += static_cast<int64_t>(who.lanes) * width) {
     T u[width], t[width];
     if (p.packs) {
       load_pack(z + j, u);
@@ -121,7 +127,7 @@ CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who
 
 template <class S, class Y>
 CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row,
-                                                       const math::TargetSoftmax<computed_t<S>>& of_target) {
+                                                    const math::TargetSoftmax<computed_t<S>>& of_target) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   SoftRowShare<T> mine = MergeSoftRows::none<SoftRowShare<T>>();
@@ -194,7 +200,8 @@ __global__ void __launch_bounds__(row_threads, 2)
     const bool counts = p.counts(row);
     const T* its = state + row * soft_row_state;
     const T top = its[0], exponent = its[1], share = its[2], by = by_row[row] * p.scale;
-    for_soft_classes(p, who, row, from, to, {its[3], its[4]}, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+    const math::TargetSoftmax<T> of_target{its[3], its[4]};
+    for_soft_classes(p, who, row, from, to, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
       T g[width];
 #pragma unroll
       for (int k = 0; k < width; ++k) {
@@ -212,7 +219,8 @@ __global__ void __launch_bounds__(row_threads, 2)
 }
 
 template <class T>
-__global__ void __launch_bounds__(row_threads) soft_rows_share_total(const uint8_t* mask, int64_t rows, RowTotal<T> out) {
+__global__ void __launch_bounds__(row_threads)
+    soft_rows_share_total(const uint8_t* mask, int64_t rows, RowTotal<T> out) {
   __shared__ Two<double> scratch[warp_size];
   Two<double> mine{0, 0};
   for (int64_t i = grid_first(); i < rows; i += grid_stride()) {

@@ -1,7 +1,7 @@
-// Row-wise family with distributions as targets: a row is read once, in chunks of adjusted logits and targets whose sums
-// are taken relative to the largest logit so far. Where the gradient is wanted with the loss, the exponentials are kept
-// in its memory and become the gradient in a second pass, while the row is still in the cache; those of a long row of a
-// narrow type, which has no room for them, are made again.
+// Row-wise family with distributions as targets: a row is read once, in chunks of adjusted logits and targets whose
+// sums are taken relative to the largest logit so far. Where the gradient is wanted with the loss, the exponentials are
+// kept in its memory and become the gradient in a second pass, while the row is still in the cache; those of a long row
+// of a narrow type, which has no room for them, are made again.
 #include "../soft_rows.h"
 
 #include "../../math/soft_rows.h"
@@ -17,8 +17,8 @@ constexpr int64_t chunk = soft_row_chunk;
 
 inline int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
 
-// What of one chunk does not lie elsewhere as it is wanted: adjusted logits; targets, the padding zero; u_c - top, for a
-// divergence less log t_c, the padding -infinity; e_c.
+// What of one chunk does not lie elsewhere as it is wanted: adjusted logits; targets, the padding zero; u_c - top, for
+// a divergence less log t_c, the padding -infinity; e_c.
 template <class T>
 struct SoftChunk {
   alignas(64) T u[chunk], t[chunk], below[chunk], e[chunk];
@@ -51,8 +51,9 @@ struct SoftRows {
 
   explicit SoftRows(const SoftRowProblem& p)
       : p(p), scale(static_cast<T>(p.scale)), smoothing(static_cast<T>(p.smoothing)),
-        target_scale(static_cast<T>(p.target_scale)),        multiplicative(static_cast<const T*>(p.multiplicative)), additive(static_cast<const T*>(p.additive)),
-        margin(static_cast<const T*>(p.margin)), class_weight(static_cast<const T*>(p.class_weight)) {}
+        target_scale(static_cast<T>(p.target_scale)), multiplicative(static_cast<const T*>(p.multiplicative)),
+        additive(static_cast<const T*>(p.additive)), margin(static_cast<const T*>(p.margin)),
+        class_weight(static_cast<const T*>(p.class_weight)) {}
 
   int64_t length(int64_t from) const { return p.classes - from < chunk ? p.classes - from : chunk; }
 
@@ -258,7 +259,8 @@ void write_row(const SoftRows<T>& r, int64_t row, const SoftRowSlopes<T>& s, T f
       exponent *= math::exp(tops[from / chunk] - s.top);
     }
     const T* t = weighed_targets(r, row, from, n, s.share, k);
-    slopes_in_chunk(t, r.multiplicative == nullptr ? nullptr : r.multiplicative + from, n, exponent, factor * r.scale, g);
+    const T* by_class = r.multiplicative == nullptr ? nullptr : r.multiplicative + from;
+    slopes_in_chunk(t, by_class, n, exponent, factor * r.scale, g);
     r.write(g, row, from, n, grad, k);
   }
 }
@@ -292,7 +294,8 @@ bool rows(const SoftRowProblem& p, int64_t begin, int64_t end, const void* weigh
     bool bad = false;
     for (int64_t row = begin; row < end; ++row) {
       const bool counts = row_counts(p, row);
-      const auto s = counts ? math::soft_row_slopes(sums_of(r, row, grad, tops, k, bad), r.smoothing) : SoftRowSlopes<T>{};
+      SoftRowSlopes<T> s{};
+      if (counts) s = math::soft_row_slopes(sums_of(r, row, grad, tops, k, bad), r.smoothing);
       static_cast<T*>(losses)[row] = s.loss;
       if (state != nullptr) keep_state(s, k.of_target, static_cast<T*>(state) + row * soft_row_state);
       if (grad == nullptr) continue;

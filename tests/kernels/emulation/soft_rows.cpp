@@ -7,6 +7,9 @@ using namespace counterpoise;
 
 namespace {
 
+template <class P>
+using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
+
 SoftRowProblem problem(Folder& in) {
   return {in.read("logits"),
           in.read("target"),
@@ -49,10 +52,7 @@ int main(int, char** arguments) {
 #if defined(FLOAT_ALONE)
   run<float, float>(folder, p);
 #else
-  cuda::with_soft_types(p, [&](auto* s, auto* y) {
-    run<std::remove_const_t<std::remove_pointer_t<decltype(s)>>, std::remove_const_t<std::remove_pointer_t<decltype(y)>>>(
-        folder, p);
-  });
+  cuda::with_soft_types(p, [&](auto* s, auto* y) { run<Stored<decltype(s)>, Stored<decltype(y)>>(folder, p); });
 #endif
   folder.keep();
 }
