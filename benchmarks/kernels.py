@@ -161,6 +161,10 @@ def softmax_rows() -> Iterator[Row]:
         others = {"eager": step(plain, x, y), "compiled": step(torch.compile(plain), x, y)}
         others["own plain form"] = plainly(loss, x, y)
         yield Row(type(loss).__name__, f"{n:,} x {c:,}", step(loss, x, y), others, peaks=("eager",))
+    loss, t = CrossEntropyLoss(), torch.softmax(normal(n, c, seed=2).detach(), 1)
+    others = {"eager": step(cross_entropy, z, t), "compiled": step(torch.compile(cross_entropy), z, t)}
+    others["own plain form"] = plainly(loss, z, t)
+    yield Row("CrossEntropyLoss, soft targets", f"{n:,} x {c:,}", step(loss, z, t), others, peaks=("eager",))
 
 
 def plain_ntxent(z: Tensor, other: Tensor, temperature: float = 0.5) -> Tensor:

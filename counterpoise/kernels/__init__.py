@@ -8,7 +8,7 @@ compiled library (``counterpoise-doctor`` says why) everything runs on the refer
 instruction set, ``COUNTERPOISE_CACHE_MIB`` the memory that ``empty_cache()`` returns.
 """
 
-from counterpoise.kernels import binary, pairwise, rows, selection, transport
+from counterpoise.kernels import binary, pairwise, rows, selection, soft_rows, transport
 from counterpoise.kernels._library import available, cpu_capability, disabled, empty_cache, load, runs_on
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "rows",
     "runs_on",
     "selection",
+    "soft_rows",
     "transport",
 ]
 

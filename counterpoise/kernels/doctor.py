@@ -65,6 +65,11 @@ def _row_wise(losses: Any, logits: Tensor) -> Tensor:
     return losses.logit_adjusted_loss(logits, target, class_counts=counts) + losses.softmax_focal_loss(logits, target)
 
 
+def _soft_row_wise(losses: Any, logits: Tensor) -> Tensor:
+    target = torch.softmax(logits.detach().flip(1) / 4, 1)
+    return losses.cross_entropy_loss(logits, target) + losses.cross_entropy_loss(logits, target, label_smoothing=0.1)
+
+
 def _pairwise(contrastive: Any, z: Tensor) -> Tensor:
     return contrastive.ntxent_loss(*z.chunk(2))
 
@@ -76,6 +81,7 @@ def _transport(ot: Any, x: Tensor) -> Tensor:
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
+    "row-wise/soft": SelfTest("soft_rows_total", "counterpoise.losses", _soft_row_wise),
     # So many rows that their similarities are taken in tiles.
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
     "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),

@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from torch.nn.functional import log_softmax
 
 from counterpoise._core import at_least_float32, check_number, check_within, combine_inner, reduce_losses
-from counterpoise.kernels import rows
+from counterpoise.kernels import rows, soft_rows
 from counterpoise.losses._inputs import (
     along_classes,
     as_distribution,
@@ -99,11 +99,14 @@ def adjusted_cross_entropy(
     def plain(z: Tensor, **options: Any) -> Tensor:
         return _plain(z, target, vectors, scale, label_smoothing, ignore_index, mask, **options)
 
-    if not rows.runs_rows(logits, target, weight, mask, *vectors):
-        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
-    formula = (rows.CROSS_ENTROPY, scale, label_smoothing, 0.0, 0.0, False, ignore_index)
     options = (weight, inner, reduction, normalizer, sync)
-    return rows.row_loss(formula, logits, target, plain, vectors, mask, options)
+    if rows.runs_rows(logits, target, weight, mask, *vectors):
+        formula = (rows.CROSS_ENTROPY, scale, label_smoothing, 0.0, 0.0, False, ignore_index)
+        return rows.row_loss(formula, logits, target, plain, vectors, mask, options)
+    if soft_rows.runs_soft_rows(logits, target, weight, mask, *vectors):
+        given = (logits, target, plain, vectors, mask, options)
+        return soft_rows.soft_row_loss(*given, scale=scale, smoothing=label_smoothing)
+    return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
 
 
 def _plain(

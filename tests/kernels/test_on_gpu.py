@@ -100,6 +100,21 @@ def test_losses_of_classes(loss, shape):
         assert_within_two_ulp(fixed(loss, y, {"reduction": "sum"}), z, dtype)
 
 
+@pytest.mark.parametrize("loss", list(CLASSES.values())[:5], ids=list(CLASSES)[:5])
+@pytest.mark.parametrize("shape", [(1, 2), (33, 7), (5, 1027), (64, 10_000), (2, 300_000)], ids=str)
+def test_losses_of_probabilities(loss, shape):
+    z, _ = class_problem(*shape)
+    t = torch.softmax(z.roll(1, 1) / 2, 1)
+    z[:, 0], t[:, 0] = -torch.inf, 0
+    mask, weight = torch.arange(len(z), device="cuda") % 3 < 2, torch.linspace(0.5, 2, len(z), device="cuda")
+    for options in [*OPTIONS, {"mask": mask, "weight": weight}]:
+        assert_exact(fixed(loss, t, options), z)
+        assert_accurate(fixed(loss, t, options), z)
+    for dtype in (torch.bfloat16, torch.float16):
+        for of_target in (torch.float32, dtype):
+            assert_within_two_ulp(fixed(loss, t.to(of_target), {"reduction": "sum"}), z, dtype)
+
+
 def bank() -> MemoryBank:
     return MemoryBank(300, 16, init="random", generator=torch.Generator().manual_seed(1), dtype=torch.float64).cuda()
 

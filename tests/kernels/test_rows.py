@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from counterpoise import kernels
+from counterpoise.kernels import row_functions
 from counterpoise.losses import (
     LogitAdjustedLoss,
     adjusted_cross_entropy,
@@ -152,6 +153,8 @@ def test_any_layout(name: str) -> None:
     for z in (logits.t().contiguous().t(), shifted, logits[:1].expand(8, 11), logits.repeat(1, 2)[:, ::2]):
         agree(lambda x: function(x, target, **options), z)
     agree(lambda x: function(x, target.repeat_interleave(2)[::2], **options), logits)
+    mask = torch.arange(16) % 5 > 1
+    agree(lambda x: function(x, target, mask=mask[::2], **options), logits)
 
 
 @each_loss
@@ -318,10 +321,10 @@ def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatc
     def refuse(*_: Any) -> Any:
         raise AssertionError
 
-    from counterpoise.kernels import rows
-
-    monkeypatch.setattr(rows._Total, "apply", refuse)
+    monkeypatch.setattr(row_functions, "_apply_total", refuse)
     logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         cross_entropy_loss(logits, target)
     cross_entropy_loss(logits.detach(), target)
+    with pytest.raises(AssertionError):
+        cross_entropy_loss(logits, target)

@@ -1,0 +1,69 @@
+// Operators of the row-wise family with distributions as targets on a GPU; the schemas stand in
+// counterpoise/kernels/soft_rows.py.
+#include "soft_rows.cuh"
+
+#include "../cpu/soft_rows_problem.h"
+#include "device.h"
+
+namespace counterpoise {
+namespace {
+
+template <class P>
+using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
+
+void forward(const SoftRowProblem& p, Tensor& losses, Tensor& state, void* stream) {
+  cuda::with_soft_types(p, [&](auto* s, auto* y) {
+    cuda::soft_rows_forward_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, losses.mutable_data_ptr(),
+                                                                         state.mutable_data_ptr(), stream);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void gradient(const SoftRowProblem& p, const Tensor& state, const Tensor& by_row, Tensor& grad, void* stream) {
+  cuda::with_soft_types(p, [&](auto* s, auto* y) {
+    cuda::soft_rows_gradient_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, state.const_data_ptr(),
+                                                                          by_row.const_data_ptr(),
+                                                                          grad.mutable_data_ptr(), stream);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void soft_rows_each(CP_SOFT_ROW_INPUTS, std::vector<double> settings, Tensor losses, Tensor state) {
+  const OnDevice device(logits);
+  forward(CP_SOFT_ROW_PROBLEM, losses, state, device.stream());
+}
+
+void soft_rows_backward(CP_SOFT_ROW_INPUTS, std::vector<double> settings, const Tensor& state, const Tensor& by_row,
+                        Tensor grad) {
+  const OnDevice device(logits);
+  gradient(CP_SOFT_ROW_PROBLEM, state, by_row, grad, device.stream());
+}
+
+// The total, the states of the rows, and the factor of each in the total; the gradient too, where it is asked for.
+// Nothing waits for the device.
+void soft_rows_total(CP_SOFT_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double> settings, Tensor value,
+                     std::optional<Tensor> state, std::optional<Tensor> factor, std::optional<Tensor> grad) {
+  const OnDevice device(logits);
+  const SoftRowProblem p = CP_SOFT_ROW_PROBLEM;
+  const ScalarType type = computed_type(logits);
+  Tensor losses = empty_as(logits, {p.rows}, type);
+  Tensor states = state ? *state : empty_as(logits, {p.rows, soft_row_state}, type);
+  Tensor factors = factor ? *factor : empty_as(logits, {p.rows}, type);
+  forward(p, losses, states, device.stream());
+  Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
+  const auto add_up = type == ScalarType::Double ? cuda::soft_rows_total_on<double> : cuda::soft_rows_total_on<float>;
+  add_up(p, losses.const_data_ptr(), data_of(weight), static_cast<int>(settings[SoftNormalizer]), settings[SoftNumber],
+         partials.mutable_data_ptr(), value.mutable_data_ptr(), factors.mutable_data_ptr(), device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (grad) gradient(p, states, factors, *grad, device.stream());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(counterpoise, CUDA, m) {
+  m.impl("soft_rows_backward", TORCH_BOX(&soft_rows_backward));
+  m.impl("soft_rows_each", TORCH_BOX(&soft_rows_each));
+  m.impl("soft_rows_total", TORCH_BOX(&soft_rows_total));
+}
+
+}  // namespace counterpoise

@@ -1,0 +1,305 @@
+// Row-wise family with distributions as targets, after the pattern of rows.cuh: the forward pass reads a row's logits
+// and targets once (targets that are logits twice) and leaves five numbers, from which the backward pass makes the
+// gradient in one more pass.
+#pragma once
+
+#include "../cpu/soft_rows.h"
+#include "../math/soft_rows.h"
+#include "rows.cuh"
+
+namespace counterpoise::cuda {
+
+// Logits of type S; targets of type Y, which is S or what is computed in.
+template <class S, class Y>
+struct SoftRowInput {
+  using T = computed_t<S>;
+  const S* logits;
+  const Y* target;
+  const uint8_t* mask;
+  const T *multiplicative, *additive, *margin, *class_weight;
+  int64_t rows, classes;
+  T scale, smoothing, target_scale;
+  bool divergence;
+  bool packs;  // whether every row may be read and written in packs
+  int lanes;   // threads that share a row: a warp or the block
+
+  CP_DEVICE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
+  CP_DEVICE T factor(int64_t j) const { return multiplicative == nullptr ? T(1) : multiplicative[j]; }
+  CP_DEVICE T weight(int64_t j) const { return class_weight == nullptr ? T(1) : class_weight[j]; }
+  CP_DEVICE T adjusted(T z, T t, int64_t j) const {
+    T u = z * factor(j) + (additive == nullptr ? T(0) : additive[j]);
+    if (margin != nullptr) u -= margin[j] * t;
+    return u * scale;
+  }
+};
+
+// Sums over some of a row's classes, see math::SoftRowSums; relative to zero where all of them are masked.
+template <class T>
+struct SoftRowShare {
+  T top, total, mass, dot, live, live_weight, gap;
+};
+
+template <class T>
+CP_DEVICE SoftRowShare<T> across(SoftRowShare<T> x, int distance) {
+  return {across(x.top, distance),  across(x.total, distance),       across(x.mass, distance), across(x.dot, distance),
+          across(x.live, distance), across(x.live_weight, distance), across(x.gap, distance)};
+}
+
+struct MergeSoftRows {
+  template <class R>
+  static CP_DEVICE R none() {
+    return R{-math::infinity<decltype(R::top)>, 0, 0, 0, 0, 0, 0};
+  }
+  // The share as it would be relative to a top that is no lower.
+  template <class T>
+  CP_DEVICE SoftRowShare<T> raised(SoftRowShare<T> x, T top) const {
+    const T by = x.top - top;
+    if (x.top != top && x.top > -math::infinity<T>) {
+      x.total *= math::exp(by);
+      x.dot += math::vanishing(x.mass, by);
+      x.gap += x.live > 0 ? x.live_weight * by : T(0);
+    }
+    x.top = top;
+    return x;
+  }
+  template <class T>
+  CP_DEVICE SoftRowShare<T> operator()(const SoftRowShare<T>& a, const SoftRowShare<T>& b) const {
+    const T top = a.top > b.top ? a.top : b.top;
+    const SoftRowShare<T> x = raised(a, top), y = raised(b, top);
+    return {top,
+            x.total + y.total,
+            x.mass + y.mass,
+            x.dot + y.dot,
+            x.live + y.live,
+            x.live_weight + y.live_weight,
+            x.gap + y.gap};
+  }
+};
+
+template <class S, class Y>
+CP_DEVICE math::TargetSoftmax<computed_t<S>> target_softmax(const SoftRowInput<S, Y>& p, const RowGroup& who,
+                                                            int64_t row, LogSum<computed_t<S>>* scratch) {
+  using T = computed_t<S>;
+  if (p.target_scale == 0) return {0, 1};
+  LogSum<T> mine = Merge::none<LogSum<T>>();
+#pragma unroll 4  // so that several loads are under way before the first is used
+  for (int64_t j = who.rank; j < p.classes; j += who.lanes)
+    mine = Merge()(mine, LogSum<T>{static_cast<T>(widen(p.target[row * p.classes + j])) * p.target_scale, 1});
+  const LogSum<T> all = who.reduce(mine, Merge(), scratch);
+  return {all.largest, 1 / all.sum};
+}
+
+// visit(adjusted logits, targets, first class, distance) for all that this thread has of classes [from, to); what lies
+// beyond is given as a masked class with target zero.
+template <class S, class Y, class F>
+CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, int64_t from, int64_t to,
+                                const math::TargetSoftmax<computed_t<S>>& of_target, F&& visit) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  const S* z = p.logits + row * p.classes;
+  const Y* y = p.target + row * p.classes;
+  const int step = p.packs ? 1 : who.lanes;
+#pragma unroll 2  // so that several loads are under way before the first is used
+  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to;
+       j += static_cast<int64_t>(who.lanes) * width) {
+    T u[width], t[width];
+    if (p.packs) {
+      load_pack(z + j, u);
+      load_pack(y + j, t);
+    } else {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const bool here = j + k * step < to;
+        u[k] = here ? static_cast<T>(widen(z[j + k * step])) : T(0);
+        t[k] = here ? static_cast<T>(widen(y[j + k * step])) : T(0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const int64_t at = j + k * step;
+      if (p.target_scale != 0 && at < to)
+        t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
+      u[k] = at < to ? p.adjusted(u[k], t[k], at) : -math::infinity<T>;
+    }
+    visit(u, t, j, step);
+  }
+}
+
+template <class S, class Y>
+CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row,
+                                                    const math::TargetSoftmax<computed_t<S>>& of_target) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  SoftRowShare<T> mine = MergeSoftRows::none<SoftRowShare<T>>();
+  bool bad = false;
+  for_soft_classes(p, who, row, 0, p.classes, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+    T top = mine.top;
+#pragma unroll
+    for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
+    mine = MergeSoftRows().raised(mine, top);
+    const T base = top > -math::infinity<T> ? top : T(0);  // inf - inf would be NaN
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const T below = u[k] - base;
+      const bool live = p.smoothing != 0 && u[k] > -math::infinity<T>;
+      mine.total += math::exp(below);
+      bad = bad || (p.target_scale == 0 && !(t[k] >= 0 && t[k] <= 1));
+      const T w = t[k] != 0 || live ? p.weight(j + k * step) : T(0), a = w * t[k];
+      mine.mass += a;
+      mine.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
+      mine.live += live ? T(1) : T(0);
+      mine.live_weight += live ? w : T(0);
+      mine.gap += live ? w * below : T(0);
+    }
+  });
+  if (bad) stop("target holds a value outside [0, 1]");
+  return mine;
+}
+
+template <class T>
+CP_DEVICE void write_soft_slopes(const math::SoftRowSlopes<T>& s, const math::TargetSoftmax<T>& of_target, int64_t row,
+                                 T* losses, T* state) {
+  losses[row] = s.loss;
+  state += row * soft_row_state;
+  state[0] = s.top;
+  state[1] = s.exponent;
+  state[2] = s.share;
+  state[3] = of_target.top;
+  state[4] = of_target.factor;
+}
+
+template <class S, class Y>
+__global__ void __launch_bounds__(row_threads, 2)
+    soft_rows_forward(SoftRowInput<S, Y> p, computed_t<S>* losses, computed_t<S>* state) {
+  using T = computed_t<S>;
+  __shared__ SoftRowShare<T> scratch[warp_size];
+  __shared__ LogSum<T> target_scratch[warp_size];
+  const RowGroup who(p.lanes);
+  for (int64_t row = who.first; row < p.rows; row += who.stride) {
+    if (!p.counts(row)) {
+      if (who.rank == 0) write_soft_slopes(math::SoftRowSlopes<T>{}, {}, row, losses, state);
+      continue;
+    }
+    const math::TargetSoftmax<T> of_target = target_softmax(p, who, row, target_scratch);
+    const SoftRowShare<T> s = who.reduce(soft_share_of(p, who, row, of_target), MergeSoftRows(), scratch);
+    const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
+    if (who.rank == 0) write_soft_slopes(math::soft_row_slopes(sums, p.smoothing), of_target, row, losses, state);
+  }
+}
+
+template <class S, class Y>
+__global__ void __launch_bounds__(row_threads, 2)
+    soft_rows_gradient(SoftRowInput<S, Y> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  const RowGroup who(p.lanes);
+  const int64_t slices = (p.classes + row_slice - 1) / row_slice;
+  for (int64_t item = who.first; item < p.rows * slices; item += who.stride) {
+    const int64_t row = item / slices, from = item % slices * row_slice;
+    const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
+    const bool counts = p.counts(row);
+    const T* its = state + row * soft_row_state;
+    const T top = its[0], exponent = its[1], share = its[2], by = by_row[row] * p.scale;
+    const math::TargetSoftmax<T> of_target{its[3], its[4]};
+    for_soft_classes(p, who, row, from, to, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+      T g[width];
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const int64_t at = j + k * step;
+        const T a = p.smoothing == 0 ? t[k] : (1 - p.smoothing) * t[k] + (u[k] > -math::infinity<T> ? share : T(0));
+        g[k] = counts && at < to ? (exponent * math::exp(u[k] - top) - a * p.weight(at)) * by * p.factor(at) : T(0);
+      }
+      S* out = grad + row * p.classes;
+      if (p.packs) return store_pack(g, out + j);
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
+    });
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(row_threads)
+    soft_rows_share_total(const uint8_t* mask, int64_t rows, RowTotal<T> out) {
+  __shared__ Two<double> scratch[warp_size];
+  Two<double> mine{0, 0};
+  for (int64_t i = grid_first(); i < rows; i += grid_stride()) {
+    if (mask != nullptr && mask[i] == 0) continue;
+    const double w = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[i]);
+    mine.first += w * static_cast<double>(out.losses[i]);
+    mine.second += out.kind == RowDivisor::weight ? w : 1.0;
+  }
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x == 0) out.partials[blockIdx.x] = all;
+}
+
+// ---- launches ---------------------------------------------------------------------------------------------------
+
+// Calls f with null pointers of the storage types of logits and targets.
+template <class F>
+void with_soft_types(const SoftRowProblem& p, F&& f) {
+  with_float_type(p.logits_type, [&](auto* s) {
+    if (p.target_type == p.logits_type) {
+      f(s, s);
+    } else {
+      f(s, static_cast<const computed_t<std::remove_const_t<std::remove_pointer_t<decltype(s)>>>*>(nullptr));
+    }
+  });
+}
+
+template <class S, class Y>
+SoftRowInput<S, Y> soft_row_input(const SoftRowProblem& p, const void* grad) {
+  using T = computed_t<S>;
+  constexpr int width = row_width<S>;
+  const bool packs = takes_packs<S, width>(p.logits, p.classes) && takes_packs<Y, width>(p.target, p.classes) &&
+                     takes_packs<S, width>(grad, p.classes);
+  return {static_cast<const S*>(p.logits),
+          static_cast<const Y*>(p.target),
+          p.mask,
+          static_cast<const T*>(p.multiplicative),
+          static_cast<const T*>(p.additive),
+          static_cast<const T*>(p.margin),
+          static_cast<const T*>(p.class_weight),
+          p.rows,
+          p.classes,
+          static_cast<T>(p.scale),
+          static_cast<T>(p.smoothing),
+          static_cast<T>(p.target_scale),
+          p.divergence,
+          packs,
+          p.classes <= row_of_warp ? warp_size : row_threads};
+}
+
+template <class S, class Y>
+void soft_rows_forward_on(const SoftRowProblem& p, void* losses, void* state, void* stream) {
+  using T = computed_t<S>;
+  const SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, nullptr);
+  launch(soft_rows_forward<S, Y>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input,
+         static_cast<T*>(losses), static_cast<T*>(state));
+}
+
+template <class S, class Y>
+void soft_rows_gradient_on(const SoftRowProblem& p, const void* state, const void* by_row, void* grad, void* stream) {
+  using T = computed_t<S>;
+  const SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, grad);
+  const int64_t slices = (p.classes + row_slice - 1) / row_slice;
+  launch(soft_rows_gradient<S, Y>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
+         static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
+}
+
+// `partials` holds 2 * row_partials + 1 doubles; T is what is computed in.
+template <class T>
+void soft_rows_total_on(const SoftRowProblem& p, const void* losses, const void* weight, int kind, double number,
+                        void* partials, void* total, void* factor, void* stream) {
+  auto* sums = static_cast<Two<double>*>(partials);
+  const RowTotal<T> out{static_cast<const T*>(losses), static_cast<const T*>(weight),
+                        static_cast<RowDivisor>(kind), number,
+                        sums,                          static_cast<T*>(total),
+                        static_cast<T*>(factor),       reinterpret_cast<double*>(sums + row_partials)};
+  const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
+  launch(soft_rows_share_total<T>, over_rows, p.mask, p.rows, out);
+  launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
+  launch(rows_factor<T>, over_rows, out, p.rows);
+}
+
+}  // namespace counterpoise::cuda
