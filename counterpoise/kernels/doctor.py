@@ -56,7 +56,8 @@ class SelfTest:
 
 def _element_wise(losses: Any, logits: Tensor) -> Tensor:
     target = torch.arange(logits.numel(), device=logits.device).reshape(logits.shape).remainder(3).eq(0).float()
-    return losses.sigmoid_focal_loss(logits, target) + losses.asymmetric_loss(logits, target)
+    fading = losses.sigmoid_focal_loss(logits, target) + losses.asymmetric_loss(logits, target)
+    return fading + losses.binary_cross_entropy_loss(logits, target)
 
 
 def _row_wise(losses: Any, logits: Tensor) -> Tensor:
