@@ -74,12 +74,20 @@ def _transport(ot: Any, x: Tensor) -> Tensor:
     return ot.sinkhorn(x.square() / 36, epsilon=0.1, gradient="envelope").value
 
 
+def _selection(samplers: Any, x: Tensor) -> Tensor:
+    # What is selected is not differentiated: its value scales something that is.
+    points = x.detach()
+    value = samplers.facility_location(points, 20).value + samplers.k_center_greedy(points, 20, first=0).value
+    return value * x.square().mean()
+
+
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
     # So many rows that their similarities are taken in tiles.
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
     "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),
+    "selection": SelfTest("selection_taken", "counterpoise.samplers", _selection, rows=90),
 }
 
 

@@ -1,7 +1,8 @@
-"""Selection: exact distances of pairs, and farthest-first picks among a few points, in double precision.
+"""Selection: exact distances of pairs, farthest-first picks among a few points, and gains over tiles of costs.
 
-A distance is the same to the last bit in both, so that copies of a point tie whoever finds them. Greedy loops are
-eager code: nothing here is differentiated or traced.
+All in double precision. A distance is the same to the last bit in the first two, so that copies of a point tie whoever
+finds them; gains are summed in blocks of rows, in order: the same for every number of threads. Greedy loops are eager
+code: nothing here is differentiated or traced.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ define(
     "selection_follow(Tensor points, Tensor index, Tensor(a!) distance, float bound, int bound_index, "
     "Tensor(b!) picks, Tensor(c!) gaps) -> int"
 )
+define("selection_taken(Tensor tile, float rounding, Tensor before, Tensor? after, Tensor(a!) out) -> ()")
 
 _ops = torch.ops.counterpoise
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the operators take points (n, d)."""
+    """Whether the operators take points (n, d), or a tile."""
     return x.dtype == torch.float64 and runs_on(x, "selection_follow")
 
 
@@ -54,6 +56,18 @@ def follow(
     return picks[:count].tolist(), gaps[:count].tolist()
 
 
-@torch.library.register_fake("counterpoise::selection_distances", lib=LIBRARY)
-def _(*_: Tensor) -> None:
-    return None
+def add_taken(out: Tensor, tile: Tensor, rounding: float, before: Tensor, after: Tensor | None = None) -> None:
+    """Adds to ``out`` (columns,) what falling costs take from the columns of a tile.
+
+    Args:
+        tile: (rows, columns) squares, of which a cost C is the root where they exceed ``rounding``, else 0; with
+            ``rounding`` below 0 the costs themselves.
+        before, after: (rows,), after <= before; None is -inf. What is added is the sum over rows of
+            max(0, before - C) - max(0, after - C).
+    """
+    rest = None if after is None else after.contiguous()
+    _ops.selection_taken(tile.contiguous(), rounding, before.contiguous(), rest, out)
+
+
+for _name in ("selection_distances", "selection_taken"):
+    torch.library.register_fake(f"counterpoise::{_name}", lambda *_: None, lib=LIBRARY)

@@ -1,6 +1,8 @@
-"""Fused distances and farthest-first picks against the plain ones: the same picks, also where points tie."""
+"""Fused distances, gains and picks against the plain ones: the same picks, also where points tie."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from counterpoise import kernels
 from counterpoise.kernels import selection
-from counterpoise.samplers import Selection, k_center_greedy
+from counterpoise.samplers import Selection, craig, facility_location, k_center_greedy
 
 pytestmark = pytest.mark.skipif(
     not kernels.available()["selection_follow"]["cpu"], reason="no compiled kernels of selection"
@@ -74,6 +76,91 @@ def test_following_stops_where_another_point_may_be_farther() -> None:
     assert selection.follow(points, index, distance.clone(), -1.0, 0, 2) == ([5, 3], [9.0, 8.0])
 
 
+def definition(tile: Tensor, rounding: float, before: Tensor, after: Tensor) -> Tensor:
+    costs = tile if rounding < 0 else torch.where(tile > rounding, tile, 0).sqrt()
+    high, low = before[:, None], after[:, None]
+    return ((high - costs).clamp_min(0) - (low - costs).clamp_min(0)).sum(0)
+
+
+@pytest.mark.parametrize("rounding", [-1.0, 0.0, 0.3])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0), (1, 1), (63, 15), (64, 16), (65, 17), (200, 130)])
+def test_taken_gains_are_those_of_the_definition(rows: int, columns: int, rounding: float) -> None:
+    tile, before = draw(rows, columns), draw(1, rows, seed=1)[0].abs()
+    tile = tile if rounding < 0 else tile.square() - 0.01
+    for after in (before / 2, before - 0.01, before, torch.zeros(rows, dtype=torch.float64)):
+        found = torch.ones(columns, dtype=torch.float64)
+        selection.add_taken(found, tile, rounding, before, after.clamp_min(0))
+        torch.testing.assert_close(found, 1 + definition(tile, rounding, before, after.clamp_min(0)))
+    found = torch.zeros(columns, dtype=torch.float64)
+    selection.add_taken(found, tile, rounding, before)
+    wanted = definition(tile, rounding, before, torch.full_like(before, -1e300))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_nothing_is_taken_by_costs_of_at_least_those_so_far() -> None:
+    costs = draw(64, 32).abs() + 0.1
+    found = torch.zeros(32, dtype=torch.float64)
+    selection.add_taken(found, costs.square(), 0.0, costs.amin(1), torch.zeros(64, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-13)
+    selection.add_taken(found.zero_(), costs, -1.0, costs.amin(1), torch.zeros(64, dtype=torch.float64))
+    assert (found == 0).all()
+
+
+def test_the_same_for_every_number_of_threads() -> None:
+    tile, before, threads = draw(1000, 300).square(), draw(1, 1000)[0].abs(), torch.get_num_threads()
+    found = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(torch.zeros(300, dtype=torch.float64))
+            selection.add_taken(found[-1], tile, 0.0, before, before / 3)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def groups(n: int) -> Tensor:
+    return draw(n // 8, 6).repeat(8, 1) + torch.arange(8).repeat_interleave(n // 8)[:, None] % 2
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda x: facility_location(x, 120),
+        lambda x: facility_location(x.float(), 120),
+        lambda x: facility_location(x, 60, metric="cosine"),
+        lambda x: facility_location(x, 60, method="stochastic"),
+        lambda x: facility_location(x, 60, targets=torch.arange(len(x)) % 3),
+        lambda x: facility_location(x, 60, already_selected=torch.tensor([5, 2])),
+        lambda x: facility_location(similarity=(x @ x.T).abs(), budget=60),
+        lambda x: craig(x, torch.arange(len(x)) % x.shape[1], 60),
+    ],
+    ids=["distance", "float32", "cosine", "stochastic", "by class", "goes on", "dense", "craig"],
+)
+@pytest.mark.parametrize("points", [draw(800, 9), groups(800), draw(800, 9).round()], ids=["normal", "copies", "grid"])
+def test_facility_location_picks_the_same(points: Tensor, select: Callable[[Tensor], Selection]) -> None:
+    found = select(points)
+    with kernels.disabled():
+        wanted = select(points)
+    assert torch.equal(found.indices, wanted.indices)
+    assert torch.equal(found.weights, wanted.weights)
+    torch.testing.assert_close(found.gains, wanted.gains, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("select", [facility_location, k_center_greedy])
+def test_picks_do_not_depend_on_the_precision_of_products(select: Callable[..., Selection]) -> None:
+    before, found = torch.get_float32_matmul_precision(), []
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found.append(select(draw(1000, 64).float(), 100))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found[0].indices, found[1].indices)
+    assert torch.equal(found[0].gains, found[1].gains)  # type: ignore[arg-type]
+
+
 def test_operators_are_what_torch_expects() -> None:
     x, rows = draw(5, 3), torch.tensor([0, 4])
     torch.library.opcheck(
@@ -81,3 +168,9 @@ def test_operators_are_what_torch_expects() -> None:
     )
     with pytest.raises(RuntimeError, match="contiguous doubles"):
         torch.ops.counterpoise.selection_distances(x.float(), rows, x, rows, x.new_empty(2))
+    taken, gains = torch.ops.counterpoise.selection_taken, x.new_zeros(3)
+    for after in (None, x[:, 0].contiguous() - 1):
+        torch.library.opcheck(taken, (x, 0.0, x[:, 0].contiguous(), after, gains), test_utils="test_schema")
+        torch.library.opcheck(taken, (x, 0.0, x[:, 0].contiguous(), after, gains), test_utils="test_faketensor")
+    with pytest.raises(RuntimeError, match="contiguous doubles"):
+        taken(x, 0.0, x[:, 0], None, gains)

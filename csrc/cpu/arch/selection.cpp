@@ -1,4 +1,5 @@
-// Selection: the same distance to the last bit wherever two points are compared, so that copies of a point tie.
+// Selection: the same distance to the last bit wherever two points are compared, so that copies of a point tie; sums over
+// a tile of costs in one pass, roots included.
 #include "../selection.h"
 
 #include "types.h"
@@ -47,8 +48,44 @@ int64_t follow(const Leaders& p, int64_t most, int64_t* picks, double* gaps) {
   return count;
 }
 
+template <bool Root>
+CP_INLINE double cost(double x, double rounding) {
+  if constexpr (!Root) return x;
+  return __builtin_sqrt(x > rounding ? x : 0.0);
+}
+
+// Costs of at least `high` take nothing, and need no root: among many picks nearly all. Sixteen are looked at together.
+template <bool Root>
+void taken_of(const CostTile& p, const double* before, const double* after, double* out) {
+  const double rounding = p.rounding;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const double* __restrict x = p.squares + i * p.columns;
+    double* __restrict total = out;
+    const double high = before[i], low = after == nullptr ? -math::infinity<double> : after[i];
+    const double square = high * high * (1 + 1e-15), limit = !Root ? high : (square > rounding ? square : rounding);
+    const auto take = [&](int64_t j) {
+      const double c = cost<Root>(x[j], rounding), from = c < low ? low : c;
+      total[j] += high - (from > high ? high : from);
+    };
+    int64_t j = 0;
+    for (; j + lanes <= p.columns; j += lanes) {
+      int64_t some = 0;
+#pragma omp simd reduction(| : some)
+      for (int64_t k = 0; k < lanes; ++k) some |= x[j + k] <= limit;
+      if (some == 0) continue;
+#pragma omp simd
+      for (int64_t k = 0; k < lanes; ++k) take(j + k);
+    }
+    for (; j < p.columns; ++j) take(j);
+  }
+}
+
+void taken(const CostTile& p, const double* before, const double* after, double* out) {
+  p.rounding >= 0 ? taken_of<true>(p, before, after, out) : taken_of<false>(p, before, after, out);
+}
+
 }  // namespace
 
-const SelectionTable selection_table = {distances, follow};
+const SelectionTable selection_table = {distances, follow, taken};
 
 }  // namespace counterpoise::CP_ARCH
