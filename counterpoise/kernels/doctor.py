@@ -81,6 +81,11 @@ def _selection(samplers: Any, x: Tensor) -> Tensor:
     return value * x.square().mean()
 
 
+def _neighbors(neighbors: Any, x: Tensor) -> Tensor:
+    values, keys = neighbors.nearest_neighbors(x.detach(), x.detach().flip(0), 9)
+    return (values.sum() + keys.double().square().sum()) * x.square().mean()
+
+
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
@@ -88,6 +93,7 @@ SELF_TESTS = {
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
     "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),
     "selection": SelfTest("selection_taken", "counterpoise.samplers", _selection, rows=90),
+    "neighbours": SelfTest("selection_nearest", "counterpoise.neighbors", _neighbors, rows=90),
 }
 
 

@@ -1,8 +1,8 @@
-"""Selection: exact distances of pairs, farthest-first picks among a few points, and gains over tiles of costs.
+"""Selection: exact distances of pairs, farthest-first picks among a few points, gains over tiles of costs, least costs.
 
-All in double precision. A distance is the same to the last bit in the first two, so that copies of a point tie whoever
-finds them; gains are summed in blocks of rows, in order: the same for every number of threads. Greedy loops are eager
-code: nothing here is differentiated or traced.
+All but the last in double precision. A distance is the same to the last bit in the first two, so that copies of a point
+tie whoever finds them; gains are summed in blocks of rows, in order: the same for every number of threads. Greedy loops
+are eager code: nothing here is differentiated or traced.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ define(
     "Tensor(b!) picks, Tensor(c!) gaps) -> int"
 )
 define("selection_taken(Tensor tile, float rounding, Tensor before, Tensor? after, Tensor(a!) out) -> ()")
+define("selection_nearest(Tensor costs, int start, bool first, Tensor(a!) near, Tensor(b!) keys) -> ()")
 
 _ops = torch.ops.counterpoise
 
@@ -69,5 +70,23 @@ def add_taken(out: Tensor, tile: Tensor, rounding: float, before: Tensor, after:
     _ops.selection_taken(tile.contiguous(), rounding, before.contiguous(), rest, out)
 
 
-for _name in ("selection_distances", "selection_taken"):
+def nearest_of(costs: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The ``count`` least of each row of a first tile (Q, >= count) of costs; None where there is no operator for it.
+
+    Returns:
+        Costs and columns (Q, count), a heap in each row; ties to the lower column, NaN as infinity.
+    """
+    if costs.dtype not in (torch.float32, torch.float64) or not runs_on(costs, "selection_nearest"):
+        return None
+    near, keys = costs.new_empty(len(costs), count), costs.new_empty(len(costs), count, dtype=torch.int64)
+    _ops.selection_nearest(costs.contiguous(), 0, True, near, keys)
+    return near, keys
+
+
+def see_nearest(costs: Tensor, start: int, near: Tensor, keys: Tensor) -> None:
+    """Takes a tile whose first column is ``start`` into what :func:`nearest_of` gave; tiles come in order."""
+    _ops.selection_nearest(costs.contiguous(), start, False, near, keys)
+
+
+for _name in ("selection_distances", "selection_taken", "selection_nearest"):
     torch.library.register_fake(f"counterpoise::{_name}", lambda *_: None, lib=LIBRARY)

@@ -68,12 +68,30 @@ void selection_taken(const Tensor& tile, double rounding, const Tensor& before, 
     for (int64_t j = 0; j < columns; ++j) total[j] += sums[b * columns + j];
 }
 
+void selection_nearest(const Tensor& costs, int64_t start, bool first, Tensor near, Tensor keys) {
+  const int64_t queries = costs.size(0), columns = costs.size(1), count = near.size(1);
+  const bool floats = costs.scalar_type() == ScalarType::Float || costs.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(floats && costs.is_contiguous() && near.scalar_type() == costs.scalar_type() && near.is_contiguous(),
+                  "selection_nearest takes contiguous floats or doubles");
+  check(keys, ScalarType::Long);
+  STD_TORCH_CHECK(near.size(0) == queries && keys.numel() == near.numel() && (!first || count <= columns),
+                  "selection_nearest: shapes do not fit");
+  if (count == 0) return;
+  const CostRows rows{costs.const_data_ptr(), type_of(costs), columns, start, count, first};
+  void* found = near.mutable_data_ptr();
+  auto* numbers = static_cast<int64_t*>(keys.mutable_data_ptr());
+  parallel(queries, (1 << 15) / (columns + 1) + 1, [&](int64_t b, int64_t e) {
+    CP_BEST(selection_table).nearest(rows, b, e, found, numbers);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(counterpoise, CPU, m) {
   m.impl("selection_distances", TORCH_BOX(&selection_distances));
   m.impl("selection_follow", TORCH_BOX(&selection_follow));
   m.impl("selection_taken", TORCH_BOX(&selection_taken));
+  m.impl("selection_nearest", TORCH_BOX(&selection_nearest));
 }
 
 }  // namespace counterpoise

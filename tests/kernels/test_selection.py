@@ -10,6 +10,7 @@ from torch import Tensor
 
 from counterpoise import kernels
 from counterpoise.kernels import selection
+from counterpoise.neighbors import nearest_neighbors
 from counterpoise.samplers import Selection, craig, facility_location, k_center_greedy
 
 pytestmark = pytest.mark.skipif(
@@ -174,3 +175,96 @@ def test_operators_are_what_torch_expects() -> None:
         torch.library.opcheck(taken, (x, 0.0, x[:, 0].contiguous(), after, gains), test_utils="test_faketensor")
     with pytest.raises(RuntimeError, match="contiguous doubles"):
         taken(x, 0.0, x[:, 0], None, gains)
+
+
+def least(costs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` least of each row, in order, ties by the column; NaN as infinity."""
+    known = costs.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    values, columns = known.sort(dim=1, stable=True)
+    return values[:, :count], columns[:, :count]
+
+
+def by_tiles(costs: Tensor, count: int, widths: list[int]) -> tuple[Tensor, Tensor]:
+    """What the operator finds in tiles of these widths, in the order of :func:`least`."""
+    first, *rest = costs.split(widths, dim=1)
+    found = selection.nearest_of(first, count)
+    assert found is not None
+    start = first.shape[1]
+    for tile in rest:
+        selection.see_nearest(tile, start, *found)
+        start += tile.shape[1]
+    near, keys = found
+    keys, order = keys.sort(dim=1)
+    values, again = near.gather(1, order).sort(dim=1, stable=True)
+    return values, keys.gather(1, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 64])
+@pytest.mark.parametrize("widths", [[64], [64, 1, 200], [70, 64, 63, 300, 65]], ids=str)
+def test_the_least_costs_over_tiles(widths: list[int], count: int, dtype: torch.dtype) -> None:
+    costs = draw(9, sum(widths)).to(dtype)
+    for x in (costs, costs.mul(2).round(), costs.sort(dim=1).values, costs.sort(dim=1, descending=True).values):
+        found, wanted = by_tiles(x, count, widths), least(x, count)
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+
+
+def test_costs_that_are_not_finite_are_the_last() -> None:
+    costs = draw(6, 100)
+    costs[0], costs[1, :90], costs[2, ::3], costs[3, 5], costs[4] = (
+        torch.nan,
+        torch.inf,
+        torch.nan,
+        -torch.inf,
+        torch.inf,
+    )
+    found, wanted = by_tiles(costs, 12, [40, 60]), least(costs, 12)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1][[2, 3, 5]], wanted[1][[2, 3, 5]])
+    assert all(len(keys.unique()) == 12 for keys in found[1])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner_product"])
+@pytest.mark.parametrize("k", [1, 10, 100])
+@pytest.mark.parametrize("kind", ["normal", "copies", "grid", "float64", "huge", "sorted"])
+def test_neighbours_are_the_same(kind: str, k: int, metric: str) -> None:
+    keys, queries = draw(6000, 8), draw(70, 8, seed=1)
+    if kind == "copies":
+        keys, queries = keys[:1500].repeat(4, 1), keys[:70]
+    elif kind == "grid":
+        keys, queries = keys.round(), queries.round()
+    elif kind == "huge":  # products overflow in float32, costs do not all
+        keys, queries = keys * 1e18, queries * 1e18
+    elif kind == "sorted":
+        keys = keys[keys.norm(dim=1).argsort(descending=True)]
+    if kind != "float64":
+        keys, queries = keys.float(), queries.float()
+    found = nearest_neighbors(queries, keys, k, metric=metric)
+    with kernels.disabled():
+        wanted = nearest_neighbors(queries, keys, k, metric=metric)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_the_least_costs_do_not_depend_on_the_threads() -> None:
+    costs, threads, found = draw(300, 5000).float().mul(3).round(), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(selection.nearest_of(costs, 20))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))  # type: ignore[arg-type]
+
+
+def test_the_operator_of_least_costs_is_what_torch_expects() -> None:
+    costs, near, keys = draw(3, 9), draw(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    operator = torch.ops.counterpoise.selection_nearest
+    for test in ("test_schema", "test_faketensor"):
+        torch.library.opcheck(operator, (costs, 0, True, near, keys), test_utils=test)
+    for arguments in ((costs.half(), 0, True, near.half(), keys), (costs, 0, True, near.float(), keys)):
+        with pytest.raises(RuntimeError, match="contiguous floats or doubles"):
+            operator(*arguments)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        operator(costs[:, :1].contiguous(), 0, True, near, keys)
