@@ -23,9 +23,9 @@ define("selection_nearest(Tensor costs, int start, bool first, Tensor(a!) near, 
 _ops = torch.ops.counterpoise
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the operators take points (n, d), or a tile."""
-    return x.dtype == torch.float64 and runs_on(x, "selection_follow")
+def takes(x: Tensor, operator: str) -> bool:
+    """Whether selection_<operator> takes points (n, d), or a tile. Only distances have a CUDA form."""
+    return x.dtype == torch.float64 and runs_on(x, f"selection_{operator}")
 
 
 def distances(x: Tensor, rows: Tensor, centres: Tensor, which: Tensor) -> Tensor:

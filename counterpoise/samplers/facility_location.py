@@ -262,7 +262,7 @@ def _column_sums(costs: Dissimilarity) -> tuple[Tensor, float]:
 
 def _taken(costs: Dissimilarity, rows: Rows, columns: Rows, before: Tensor, after: Tensor | None = None) -> Tensor:
     """What candidates lose when rows' costs fall: the sum of max(0, before - C) - max(0, after - C); None is -inf."""
-    if selection.takes(before):
+    if selection.takes(before, "taken"):
         raw = costs.raw(rows, columns)
         taken = before.new_zeros(raw.shape[1])
         selection.add_taken(taken, raw, costs.rounding, before, after)

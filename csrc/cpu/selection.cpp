@@ -54,7 +54,8 @@ void selection_taken(const Tensor& tile, double rounding, const Tensor& before, 
   if (after) check(*after, ScalarType::Double);
   const int64_t rows = tile.size(0), columns = tile.size(1), blocks = (rows + cost_rows - 1) / cost_rows;
   const auto* squares = static_cast<const double*>(tile.const_data_ptr());
-  const auto *high = static_cast<const double*>(before.const_data_ptr()), *low = static_cast<const double*>(data_of(after));
+  const auto* high = static_cast<const double*>(before.const_data_ptr());
+  const auto* low = static_cast<const double*>(data_of(after));
   std::vector<double> sums(blocks * columns);
   parallel(blocks, (1 << 14) / (cost_rows * (columns + 1)) + 1, [&](int64_t b, int64_t e) {
     for (; b < e; ++b) {

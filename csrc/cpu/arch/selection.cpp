@@ -1,5 +1,5 @@
-// Selection: the same distance to the last bit wherever two points are compared, so that copies of a point tie; sums over
-// a tile of costs in one pass, roots included; the least of many costs in one pass, by a heap.
+// Selection: the same distance to the last bit wherever two points are compared, so that copies of a point tie; sums
+// over a tile of costs in one pass, roots included; the least of many costs in one pass, by a heap.
 #include "../selection.h"
 
 #include "types.h"
@@ -144,7 +144,8 @@ void nearest_of(const CostRows& p, int64_t begin, int64_t end, void* near, int64
 }
 
 void nearest(const CostRows& p, int64_t begin, int64_t end, void* near, int64_t* keys) {
-  p.type == Type::float64 ? nearest_of<double>(p, begin, end, near, keys) : nearest_of<float>(p, begin, end, near, keys);
+  p.type == Type::float64 ? nearest_of<double>(p, begin, end, near, keys)
+                          : nearest_of<float>(p, begin, end, near, keys);
 }
 
 }  // namespace
