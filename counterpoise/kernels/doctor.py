@@ -56,7 +56,8 @@ class SelfTest:
 
 def _element_wise(losses: Any, logits: Tensor) -> Tensor:
     target = torch.arange(logits.numel(), device=logits.device).reshape(logits.shape).remainder(3).eq(0).float()
-    return losses.sigmoid_focal_loss(logits, target) + losses.asymmetric_loss(logits, target)
+    fading = losses.sigmoid_focal_loss(logits, target) + losses.asymmetric_loss(logits, target)
+    return fading + losses.binary_cross_entropy_loss(logits, target)
 
 
 def _row_wise(losses: Any, logits: Tensor) -> Tensor:
@@ -78,6 +79,18 @@ def _transport(ot: Any, x: Tensor) -> Tensor:
     return ot.sinkhorn(x.square() / 36, epsilon=0.1, gradient="envelope").value
 
 
+def _selection(samplers: Any, x: Tensor) -> Tensor:
+    # What is selected is not differentiated: its value scales something that is.
+    points = x.detach()
+    value = samplers.facility_location(points, 20).value + samplers.k_center_greedy(points, 20, first=0).value
+    return value * x.square().mean()
+
+
+def _neighbors(neighbors: Any, x: Tensor) -> Tensor:
+    values, keys = neighbors.nearest_neighbors(x.detach(), x.detach().flip(0), 9)
+    return (values.sum() + keys.double().square().sum()) * x.square().mean()
+
+
 SELF_TESTS = {
     "element-wise": SelfTest("binary_total", "counterpoise.losses", _element_wise),
     "row-wise": SelfTest("rows_total", "counterpoise.losses", _row_wise),
@@ -85,6 +98,8 @@ SELF_TESTS = {
     # So many rows that their similarities are taken in tiles.
     "pairwise": SelfTest("pairwise_rows", "counterpoise.contrastive", _pairwise, rows=600),
     "transport": SelfTest("transport_sweep", "counterpoise.ot", _transport),
+    "selection": SelfTest("selection_taken", "counterpoise.samplers", _selection, rows=90),
+    "neighbours": SelfTest("selection_nearest", "counterpoise.neighbors", _neighbors, rows=90),
 }
 
 

@@ -1,7 +1,8 @@
-"""Selection: exact distances of pairs, and farthest-first picks among a few points, in double precision.
+"""Selection: exact distances of pairs, farthest-first picks among a few points, gains over tiles of costs, least costs.
 
-A distance is the same to the last bit in both, so that copies of a point tie whoever finds them. Greedy loops are
-eager code: nothing here is differentiated or traced.
+All but the last in double precision. A distance is the same to the last bit in the first two, so that copies of a point
+tie whoever finds them; gains are summed in blocks of rows, in order: the same for every number of threads. Greedy loops
+are eager code: nothing here is differentiated or traced.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ define(
     "selection_follow(Tensor points, Tensor index, Tensor(a!) distance, float bound, int bound_index, "
     "Tensor(b!) picks, Tensor(c!) gaps) -> int"
 )
+define("selection_taken(Tensor tile, float rounding, Tensor before, Tensor? after, Tensor(a!) out) -> ()")
+define("selection_nearest(Tensor costs, int start, bool first, Tensor(a!) near, Tensor(b!) keys) -> ()")
 
 _ops = torch.ops.counterpoise
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the operators take points (n, d)."""
-    return x.dtype == torch.float64 and runs_on(x, "selection_follow")
+def takes(x: Tensor, operator: str) -> bool:
+    """Whether selection_<operator> takes points (n, d), or a tile. Only distances have a CUDA form."""
+    return x.dtype == torch.float64 and runs_on(x, f"selection_{operator}")
 
 
 def distances(x: Tensor, rows: Tensor, centres: Tensor, which: Tensor) -> Tensor:
@@ -54,6 +57,36 @@ def follow(
     return picks[:count].tolist(), gaps[:count].tolist()
 
 
-@torch.library.register_fake("counterpoise::selection_distances", lib=LIBRARY)
-def _(*_: Tensor) -> None:
-    return None
+def add_taken(out: Tensor, tile: Tensor, rounding: float, before: Tensor, after: Tensor | None = None) -> None:
+    """Adds to ``out`` (columns,) what falling costs take from the columns of a tile.
+
+    Args:
+        tile: (rows, columns) squares, of which a cost C is the root where they exceed ``rounding``, else 0; with
+            ``rounding`` below 0 the costs themselves.
+        before, after: (rows,), after <= before; None is -inf. What is added is the sum over rows of
+            max(0, before - C) - max(0, after - C).
+    """
+    rest = None if after is None else after.contiguous()
+    _ops.selection_taken(tile.contiguous(), rounding, before.contiguous(), rest, out)
+
+
+def nearest_of(costs: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """The ``count`` least of each row of a first tile (Q, >= count) of costs; None where there is no operator for it.
+
+    Returns:
+        Costs and columns (Q, count), a heap in each row; ties to the lower column, NaN as infinity.
+    """
+    if costs.dtype not in (torch.float32, torch.float64) or not runs_on(costs, "selection_nearest"):
+        return None
+    near, keys = costs.new_empty(len(costs), count), costs.new_empty(len(costs), count, dtype=torch.int64)
+    _ops.selection_nearest(costs.contiguous(), 0, True, near, keys)
+    return near, keys
+
+
+def see_nearest(costs: Tensor, start: int, near: Tensor, keys: Tensor) -> None:
+    """Takes a tile whose first column is ``start`` into what :func:`nearest_of` gave; tiles come in order."""
+    _ops.selection_nearest(costs.contiguous(), start, False, near, keys)
+
+
+for _name in ("selection_distances", "selection_taken", "selection_nearest"):
+    torch.library.register_fake(f"counterpoise::{_name}", lambda *_: None, lib=LIBRARY)

@@ -8,6 +8,7 @@ from counterpoise.losses.adjusted_cross_entropy import adjusted_cross_entropy
 from counterpoise.losses.asymmetric import AsymmetricLoss, asymmetric_loss
 from counterpoise.losses.asymmetric_single_label import AsymmetricSingleLabelLoss, asymmetric_single_label_loss
 from counterpoise.losses.balanced_softmax import BalancedSoftmaxLoss, balanced_softmax_loss
+from counterpoise.losses.binary_cross_entropy import BinaryCrossEntropyLoss, binary_cross_entropy_loss
 from counterpoise.losses.class_balanced import ClassBalancedLoss, class_balanced_loss
 from counterpoise.losses.cross_entropy import CrossEntropyLoss, cross_entropy_loss
 from counterpoise.losses.detection import (
@@ -49,6 +50,7 @@ __all__ = [
     "AsymmetricLoss",
     "AsymmetricSingleLabelLoss",
     "BalancedSoftmaxLoss",
+    "BinaryCrossEntropyLoss",
     "ClassBalancedLoss",
     "ClassStatistics",
     "CosineLinear",
@@ -68,6 +70,7 @@ __all__ = [
     "asymmetric_loss",
     "asymmetric_single_label_loss",
     "balanced_softmax_loss",
+    "binary_cross_entropy_loss",
     "class_balanced_loss",
     "class_scaling",
     "cross_entropy_loss",

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import at_least_float32, check_choice, check_embeddings, check_number, without_autocast
+from counterpoise.kernels import selection
 
 METRICS = ("cosine", "euclidean", "inner_product")
 TILE = 1 << 20  # numbers in a tile of products: few enough for a cache
@@ -213,8 +214,12 @@ def _propose_for_block(keys: Keys, queries: Tensor, count: int) -> tuple[Tensor,
         return keys.products(queries, columns, out=tile[: len(queries) * size].view(len(queries), size))
 
     first, *rest = _slices(len(keys.vectors), width)
-    nearest = costs_of(first).topk(min(count, first.stop - first.start), largest=False, sorted=False)
-    best = _BestSoFar(*nearest, count)
+    costs = costs_of(first)
+    if found := selection.nearest_of(costs, count):
+        for columns in rest:
+            selection.see_nearest(costs_of(columns), columns.start, *found)
+        return found
+    best = _BestSoFar(*costs.topk(count, largest=False, sorted=False), count)
     for columns in rest:
         best.see(costs_of(columns), columns.start)
     return best.settled()

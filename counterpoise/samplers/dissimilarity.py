@@ -21,12 +21,22 @@ class Dissimilarity(Protocol):
     ceiling: float | None
     symmetric: bool
     device: torch.device
+    rounding: float
 
     def __len__(self) -> int: ...
 
-    def tile(self, rows: Rows, columns: Rows) -> Tensor:
-        """(rows, columns) float64, which the caller may write over."""
+    def raw(self, rows: Rows, columns: Rows) -> Tensor:
+        """(rows, columns) float64, which the caller may write over: squares of the costs, 0 up to ``rounding``.
+
+        Where ``rounding`` is below 0, the costs themselves.
+        """
         ...
+
+
+def tile(costs: Dissimilarity, rows: Rows, columns: Rows) -> Tensor:
+    """(rows, columns) costs in float64, which the caller may write over."""
+    raw = costs.raw(rows, columns)
+    return raw if costs.rounding < 0 else torch.threshold_(raw, costs.rounding, 0.0).sqrt_()
 
 
 class Distance:
@@ -51,11 +61,11 @@ class Distance:
     def __len__(self) -> int:
         return len(self.right)
 
-    def tile(self, rows: Rows, columns: Rows) -> Tensor:
-        """(rows, columns) float64."""
+    def raw(self, rows: Rows, columns: Rows) -> Tensor:
+        """(rows, columns) squares in float64."""
         right = self.right[rows]
         left = torch.cat([right[:, :-2] * -2, right[:, -1:], right[:, -2:-1]], 1)
-        return torch.threshold_(left @ self.right[columns].T, self.rounding, 0.0).sqrt_()
+        return left @ self.right[columns].T
 
 
 class Cosine:
@@ -63,6 +73,7 @@ class Cosine:
 
     ceiling: float | None = 1.0
     symmetric = True
+    rounding = -1.0
 
     def __init__(self, features: Tensor) -> None:
         self.device = features.device
@@ -71,7 +82,7 @@ class Cosine:
     def __len__(self) -> int:
         return len(self.unit)
 
-    def tile(self, rows: Rows, columns: Rows) -> Tensor:
+    def raw(self, rows: Rows, columns: Rows) -> Tensor:
         """(rows, columns) float64."""
         return (self.unit[rows] @ self.unit[columns].T).mul_(-0.5).add_(0.5).clamp_(0, 1)
 
@@ -97,11 +108,10 @@ class GradientDistance:
     def __len__(self) -> int:
         return len(self.errors)
 
-    def tile(self, rows: Rows, columns: Rows) -> Tensor:
-        """(rows, columns) float64."""
+    def raw(self, rows: Rows, columns: Rows) -> Tensor:
+        """(rows, columns) squares in float64."""
         products = (self.errors[rows] @ self.errors[columns].T).mul_(self.inputs[rows] @ self.inputs[columns].T)
-        squared = products.mul_(-2).add_(self.squares[rows][:, None]).add_(self.squares[columns])
-        return torch.threshold_(squared, self.rounding, 0.0).sqrt_()
+        return products.mul_(-2).add_(self.squares[rows][:, None]).add_(self.squares[columns])
 
 
 class Dense:
@@ -109,6 +119,7 @@ class Dense:
 
     ceiling: float | None = 0.0
     symmetric = False
+    rounding = -1.0
 
     def __init__(self, similarity: Tensor) -> None:
         self.similarity = similarity
@@ -117,6 +128,6 @@ class Dense:
     def __len__(self) -> int:
         return len(self.similarity)
 
-    def tile(self, rows: Rows, columns: Rows) -> Tensor:
+    def raw(self, rows: Rows, columns: Rows) -> Tensor:
         """(rows, columns) float64."""
         return -self.similarity[rows][:, columns].double()

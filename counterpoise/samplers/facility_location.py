@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import check_choice, check_number, generator_for
-from counterpoise.samplers.dissimilarity import Cosine, Dense, Dissimilarity, Distance
+from counterpoise.kernels import selection
+from counterpoise.samplers.dissimilarity import Cosine, Dense, Dissimilarity, Distance, Rows, tile
 from counterpoise.samplers.selection import (
     Selection,
     check_budget,
@@ -187,28 +188,28 @@ class _Greedy:
             return
         for columns in _tiles(len(self.bounds)):
             for rows in captured.split(TILE):
-                tile = self.costs.tile(rows, columns)
-                self.bounds[columns] -= _taken(tile, self.least_then[rows], self.least[rows])
+                self.bounds[columns] -= _taken(self.costs, rows, columns, self.least_then[rows], self.least[rows])
         self._start_over()
 
     def gains_of(self, candidates: Tensor) -> Tensor:
         """Gains formed anew over all rows: the sum of max(0, c_i - C_ij)."""
-        sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.least.device)
+        gains = torch.zeros(len(candidates), dtype=torch.float64, device=self.least.device)
         for rows in _tiles(len(self.least), TILE * TILE // max(len(candidates), BLOCK)):
-            tile, least = self.costs.tile(rows, candidates), self.least[rows][:, None]
-            sums += torch.minimum(tile, least, out=tile).sum(0)
-        return self.least.sum() - sums
+            gains += _taken(self.costs, rows, candidates, self.least[rows])
+        return gains
 
     def pick(self, index: int, gain: float) -> None:
         """Adds a pick: the rows that it captures, and what it takes from the leaders' gains."""
-        column = self.costs.tile(torch.tensor([index], device=self.least.device), slice(None))[0]
-        if not self.costs.symmetric:
-            column = self.costs.tile(slice(None), torch.tensor([index], device=self.least.device))[:, 0]
+        this = torch.tensor([index], device=self.least.device)
+        if self.costs.symmetric:
+            column = tile(self.costs, this, slice(None))[0]
+        else:
+            column = tile(self.costs, slice(None), this)[:, 0]
         rows = (column < self.least).nonzero().flatten()
         before, after = self.least[rows], column[rows]
         for part, high, low in zip(rows.split(TILE), before.split(TILE), after.split(TILE), strict=True):
             for some in _tiles(len(self.leaders)):
-                self.leader_gains[some] -= _taken(self.costs.tile(part, self.leaders[some]), high, low)
+                self.leader_gains[some] -= _taken(self.costs, part, self.leaders[some], high, low)
         self.least[rows] = after
         self.assignment[rows] = len(self.picks)
         self.all_current = False
@@ -251,18 +252,24 @@ def _column_sums(costs: Dissimilarity) -> tuple[Tensor, float]:
         for columns in _tiles(n):
             if costs.symmetric and columns.start < rows.start:
                 continue
-            tile = costs.tile(rows, columns)
-            sums[columns] += tile.sum(0)
+            here = tile(costs, rows, columns)
+            sums[columns] += here.sum(0)
             if costs.symmetric and columns.start > rows.start:
-                sums[rows] += tile.sum(1)
-            largest = torch.maximum(largest, tile.amax())
+                sums[rows] += here.sum(1)
+            largest = torch.maximum(largest, here.amax())
     return sums, float(largest)
 
 
-def _taken(tile: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """What candidates lose when rows' costs fall: the sum of max(0, before - C) - max(0, after - C)."""
-    clamped = torch.minimum(torch.maximum(tile, after[:, None], out=tile), before[:, None], out=tile)
-    return before.sum() - clamped.sum(0)
+def _taken(costs: Dissimilarity, rows: Rows, columns: Rows, before: Tensor, after: Tensor | None = None) -> Tensor:
+    """What candidates lose when rows' costs fall: the sum of max(0, before - C) - max(0, after - C); None is -inf."""
+    if selection.takes(before, "taken"):
+        raw = costs.raw(rows, columns)
+        taken = before.new_zeros(raw.shape[1])
+        selection.add_taken(taken, raw, costs.rounding, before, after)
+        return taken
+    here = tile(costs, rows, columns)
+    here = here if after is None else torch.maximum(here, after[:, None], out=here)
+    return before.sum() - torch.minimum(here, before[:, None], out=here).sum(0)
 
 
 def _tiles(n: int, size: int = TILE) -> list[slice]:

@@ -140,7 +140,7 @@ class _Cover:
             if gap == 0:
                 notes.append(f"every example coincides with one of {len(self.picks)} picks, fewer than {budget}")
                 break
-            if selection.takes(self.leader_features):
+            if selection.takes(self.leader_features, "follow"):
                 gains += self._follow_on(budget)
                 continue
             self.picks.append(index)
@@ -221,7 +221,7 @@ def _closer(x: Tensor, squares: Tensor, distance: Tensor, centres: Tensor) -> tu
         position = (relative <= (least + rounding)[:, None]).to(torch.uint8).argmax(1)[changed]
     else:
         position = torch.zeros_like(changed)
-    if selection.takes(x):
+    if selection.takes(x, "distances"):
         exact = selection.distances(x, changed, centres, position)
     else:
         exact = torch.linalg.vector_norm(x[changed] - centres[position], dim=1)

@@ -62,8 +62,8 @@ struct BinaryForm {
   template <class T>
   static CP_DEVICE math::ValueSlope<T> at(T z, T t, const math::BinaryParameters<T>& c) {
     if constexpr (Kind == math::BinaryKind::focal_star) return math::focal_star(z, t, c);
-    if (t > 0 && t < 1) return math::binary_soft<Kind>(z, t, c);
     constexpr int known = Whole ? math::whole_power : math::any_power;
+    if (t > 0 && t < 1) return math::binary_soft<Kind, known>(z, t, c);
     return math::binary_hard<Kind, known, known, Margin, false>(z, t, c);
   }
 };

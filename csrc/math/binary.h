@@ -48,21 +48,24 @@ CP_INLINE T fading(T p, T x) {
   return !Finite && p == 0 ? T(0) : p * x;
 }
 
-// alpha_t q^gamma (-log p) with p = sigmoid(u), u = (2t - 1) z; d/du = -q^gamma (q + gamma p (-log p)).
+// alpha_t q^gamma (-log p) with p = sigmoid(u), u = (2t - 1) z; d/du = -q^gamma (q + gamma p (-log p)). Binary
+// cross-entropy is gamma = 0.
 template <int P, bool Finite, class T>
 CP_INLINE ValueSlope<T> focal_hard(T z, T t, const BinaryParameters<T>& c) {
   const T sign = 2 * t - 1;
   const Sigmoid<T> s = sigmoid(sign * z);
   const T alpha = t > 0 ? c.alpha_pos : c.alpha_neg;
+  if constexpr (P == 0) return {alpha * s.lose, -sign * alpha * s.q};
   const T focus = alpha * power<P>(s.q, -s.gain, c.gamma_pos);
   return {focus * s.lose, -sign * focus * (s.q + c.gamma_pos.value * fading<Finite>(s.p, s.lose))};
 }
 
-template <class T>
+template <int P, class T>
 CP_INLINE ValueSlope<T> focal_soft(T z, T t, const BinaryParameters<T>& c) {
   const Sigmoid<T> s = sigmoid(z);
   const T alpha = c.alpha_pos * t + c.alpha_neg * (1 - t);
   const T entropy = t * s.lose + (1 - t) * s.gain;
+  if constexpr (P == 0) return {alpha * entropy, alpha * (s.p - t)};
   const T miss = t * s.q + (1 - t) * s.p;  // 1 - p_t, never less than min(t, 1 - t)
   const T focus = alpha * power<any_power>(miss, log(miss), c.gamma_pos);
   return {focus * entropy, focus * ((s.p - t) + c.gamma_pos.value * (1 - 2 * t) * s.p * s.q / miss * entropy)};
@@ -149,9 +152,9 @@ CP_INLINE ValueSlope<T> binary_hard(T z, T t, const BinaryParameters<T>& c) {
   if constexpr (Kind == BinaryKind::focal_star) return focal_star(z, t, c);
 }
 
-template <BinaryKind Kind, class T>
+template <BinaryKind Kind, int P, class T>
 CP_INLINE ValueSlope<T> binary_soft(T z, T t, const BinaryParameters<T>& c) {
-  if constexpr (Kind == BinaryKind::focal) return focal_soft(z, t, c);
+  if constexpr (Kind == BinaryKind::focal) return focal_soft<P>(z, t, c);
   if constexpr (Kind == BinaryKind::asymmetric) return asymmetric_soft(z, t, c);
   if constexpr (Kind == BinaryKind::focal_star) return focal_star(z, t, c);
 }

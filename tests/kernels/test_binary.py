@@ -11,12 +11,13 @@ from torch import Tensor
 
 from counterpoise import kernels
 from counterpoise.kernels.binary import focal
-from counterpoise.losses import asymmetric_loss, sigmoid_focal_loss, sigmoid_focal_star_loss
+from counterpoise.losses import asymmetric_loss, binary_cross_entropy_loss, sigmoid_focal_loss, sigmoid_focal_star_loss
 from tests.kernels.compare import assert_accurate, assert_exact, assert_within_two_ulp, compiled, value_and_grad
 
 pytestmark = compiled
 
 LOSSES = {
+    "binary cross-entropy": binary_cross_entropy_loss,
     "focal": sigmoid_focal_loss,
     "focal, alpha": partial(sigmoid_focal_loss, alpha=0.25),
     "focal, gamma 0": partial(sigmoid_focal_loss, gamma=0.0),
@@ -87,7 +88,7 @@ def test_labels_of_any_type(dtype):
 
 @every_loss
 def test_class_weights_multiply_entries(loss):
-    if getattr(loss, "func", loss) is not asymmetric_loss:
+    if getattr(loss, "func", loss) not in (asymmetric_loss, binary_cross_entropy_loss):
         pytest.skip("takes no class weights")
     for shape in ((6, 4), (2, 600), (3, 4, 5)):
         z, t = problem(shape)

@@ -117,7 +117,6 @@ DIFFERENT = {
     ("loss/cw_rgp", "block_size"): "fewer examples than a group of the recipe's embeddings has channels",
     ("loss/cw_rgp", "groups"): "embeddings of 64 as the recipe has them, not of 512",
     ("loss/swav", "num_prototypes"): "ten a class of the data at hand",
-    ("loss/binary_cross_entropy", "gamma"): "no focusing is what makes it binary cross-entropy",
     ("loss/binary_cross_entropy", "inner"): "one scale with the other multi-label losses",
     ("loss/asymmetric", "inner"): ONE_HOT,
     ("loss/ldam", "normalizer"): "the released code: with class weights the mean divides by their sum",

@@ -60,10 +60,10 @@ T straight(int64_t n, const T* __restrict z, const T* __restrict t, const Binary
 }
 
 // Over what hard() wrote.
-template <BinaryKind Kind, class T>
+template <BinaryKind Kind, int P, class T>
 void soft(int64_t n, const BinaryParameters<T>& c, Chunk<T>& k) {
   for (int64_t i = 0; i < n; ++i) {
-    const auto out = math::binary_soft<Kind>(k.z[i], k.t[i], c);
+    const auto out = math::binary_soft<Kind, P>(k.z[i], k.t[i], c);
     const bool between = k.t[i] > 0 && k.t[i] < 1;
     k.value[i] = between ? out.value : k.value[i];
     k.slope[i] = between ? out.slope : k.slope[i];
@@ -84,7 +84,7 @@ struct Formulas {
 
 template <BinaryKind Kind, int P, int N, bool Margin, class T>
 Formulas<T> formulas(const BinaryParameters<T>& c) {
-  return {c, hard<Kind, P, N, Margin, T>, soft<Kind, T>, straight<Kind, P, N, Margin, false, T>,
+  return {c, hard<Kind, P, N, Margin, T>, soft<Kind, P, T>, straight<Kind, P, N, Margin, false, T>,
           straight<Kind, P, N, Margin, true, T>};
 }
 
@@ -107,6 +107,7 @@ Formulas<T> formulas(const BinaryProblem& p) {
     case BinaryKind::focal_star: return formulas<BinaryKind::focal_star, any, any, false>(c);
     case BinaryKind::asymmetric: return c.margin > 0 ? asymmetric_formulas<true>(c) : asymmetric_formulas<false>(c);
     default:
+      if (c.gamma_pos.whole == 0) return formulas<BinaryKind::focal, 0, 0, false>(c);
       if (c.gamma_pos.whole == 2) return formulas<BinaryKind::focal, 2, 2, false>(c);
       return c.gamma_pos.whole >= 0 ? formulas<BinaryKind::focal, whole, whole, false>(c)
                                     : formulas<BinaryKind::focal, any, any, false>(c);
