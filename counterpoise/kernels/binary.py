@@ -92,6 +92,7 @@ def binary_loss(
     plain: Callable[..., Tensor],
     *,
     class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     weight: Tensor | None,
     mask: Tensor | None,
     inner: str,
@@ -104,22 +105,24 @@ def binary_loss(
     Args:
         loss: which one.
         plain: its plain form, ``plain(logits, weight=, inner=, reduction=, normalizer=)``, for second derivatives.
+        class_weight: (C,) of the entries.
+        pos_weight: (C,) of their positive part, of cross-entropy (focal with exponent 0) alone.
 
     Raises:
         ValueError: a label outside [0, 1]; on an accelerator an assertion on the device.
     """
     check_reduction(reduction, normalizer)
     check_choice("inner", inner, INNERS)
-    if _only_plain(target, class_weight, weight):
-        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
     by_entry = logits.ndim == 1 or inner == "none"
+    if _only_plain(target, class_weight, pos_weight, weight) or (by_entry and pos_weight is not None):
+        return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
     row = 1 if by_entry else math.prod(logits.shape[1:])
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    classes = None if class_weight is None else class_weight.to(logits.device, computed)
+    classes, positives = (None if x is None else x.to(logits.device, computed) for x in (class_weight, pos_weight))
     inputs = (
         (target if target.dtype in _TARGETS else target.long()).contiguous(),
         None if mask is None else _fitted(mask, logits, by_entry),
-        None if classes is None or by_entry else _whole_rows(classes, row),
+        None if by_entry else _entry_weights(classes, positives, row),
     )
     mean_in_row = inner == "mean" and not by_entry
     apart = by_entry and (classes is not None or (weight is not None and logits.ndim > 1))
@@ -162,6 +165,14 @@ def _fitted(mask: Tensor, logits: Tensor, by_entry: bool) -> Tensor:
     if by_entry and mask.ndim < logits.ndim:
         mask = mask.reshape(-1, *[1] * (logits.ndim - 1)).expand(logits.shape)
     return mask.contiguous()
+
+
+def _entry_weights(classes: Tensor | None, positives: Tensor | None, row: int) -> Tensor | None:
+    """Those of whole rows, (row,); with weights of the positive part below them, (2, row)."""
+    if positives is None:
+        return None if classes is None else _whole_rows(classes, row)
+    both = torch.ones_like(positives) if classes is None else classes, positives
+    return torch.stack([_whole_rows(x, row) for x in both])
 
 
 def _whole_rows(classes: Tensor, row: int) -> Tensor:

@@ -5,7 +5,7 @@ r"""Binary cross-entropy of independent labels, with weights of classes and of t
 
 w is ``class_weight``, pi is ``pos_weight``; both are ones by default. torch's ``BCEWithLogitsLoss`` has w as
 ``weight``, and its mean divides by all entries: here it is over the entries of a row that count, then over rows, which
-is the same where every entry counts. The fused kernels take class weights; with ``pos_weight`` the plain form runs.
+is the same where every entry counts.
 
 Source: the likelihood of independent Bernoulli variables, as torch.nn.BCEWithLogitsLoss has it.
 """
@@ -69,9 +69,9 @@ def binary_cross_entropy_loss(
         pos_weight = class_vector("pos_weight", pos_weight, logits)
     plain = partial(_plain, target=target, class_weight=class_weight, pos_weight=pos_weight, mask=mask)
     options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
-    if pos_weight is None and kernels.runs_on(logits, "binary_total"):
-        loss = focal(None, 0.0)
-        return binary_loss(loss, logits, target, plain, class_weight=class_weight, mask=mask, sync=sync, **options)
+    if kernels.runs_on(logits, "binary_total"):
+        options |= {"class_weight": class_weight, "pos_weight": pos_weight, "mask": mask, "sync": sync}
+        return binary_loss(focal(None, 0.0), logits, target, plain, **options)
     return plain(logits, sync=sync, **options)
 
 

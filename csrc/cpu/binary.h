@@ -11,6 +11,7 @@ struct BinaryProblem {
   const void* target;
   const uint8_t* mask;       // one byte a row or an entry, null = all count
   const void* entry_weight;  // (row * rows_a_chunk), in the type that is computed in; null = ones
+  const void* positive_weight;  // of the same size, for focal with exponent 0 alone; null = ones
   Type logits_type, target_type;
   bool mask_by_entry;
   int64_t rows, row;

@@ -13,7 +13,7 @@ namespace counterpoise {
 enum BinarySetting { Row, Kind, GammaPos, GammaNeg, AlphaPos, AlphaNeg, Margin, LogEps, Beta, Detach, MeanInRow, Divisor };
 
 // Logits (N, ...) and all that goes with them are contiguous; `entry_weight` holds whole rows, several where rows are
-// short.
+// short, and behind them, if it is (2, ...), as many weights of the positive part.
 inline BinaryProblem binary_problem(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& mask,
                                     const std::optional<Tensor>& entry_weight, const std::vector<double>& settings) {
   const int64_t entries = logits.numel(), row = static_cast<int64_t>(settings[Row]);
@@ -22,6 +22,9 @@ inline BinaryProblem binary_problem(const Tensor& logits, const Tensor& target, 
   p.target = target.const_data_ptr();
   p.mask = static_cast<const uint8_t*>(data_of(mask));
   p.entry_weight = data_of(entry_weight);
+  p.positive_weight = nullptr;
+  if (entry_weight && entry_weight->dim() == 2)
+    p.positive_weight = static_cast<const char*>(p.entry_weight) + entry_weight->size(1) * entry_weight->element_size();
   p.logits_type = type_of(logits);
   p.target_type = type_of(target);
   p.mask_by_entry = mask && mask->numel() == entries;

@@ -31,6 +31,7 @@ struct BinaryInput {
   const uint8_t* mask;  // one byte a row or an entry, null = all count
   bool mask_by_entry;
   const T* entry_weight;  // (row), null = ones
+  const T* positive_weight;  // (row), null = ones
   int64_t rows, row;
   bool packs;  // whether every row may be read in packs
   int lanes;   // neighbouring threads that share a row, 0 = flat
@@ -126,6 +127,14 @@ CP_DEVICE void read(const BinaryInput<S>& p, int64_t base, int64_t j, int step, 
   }
 }
 
+// The weight of the entry at `j` of its row, and its label as the formulas take it.
+template <class S>
+CP_DEVICE computed_t<S> weigh(const BinaryInput<S>& p, int64_t j, computed_t<S>& t) {
+  using T = computed_t<S>;
+  if (p.entry_weight == nullptr) return T(1);
+  return p.positive_weight == nullptr ? p.entry_weight[j] : p.entry_weight[j] * math::weigh_positive(p.positive_weight[j], t);
+}
+
 // A thread's place among those that share rows.
 struct Sharing {
   int groups, group, rank, lanes;
@@ -190,7 +199,6 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_f
   constexpr int width = BinaryEntries<S>::width;
   __shared__ Two<double> scratch[warp_size];
   const int64_t n = p.rows * p.row;
-  const T factor = p.entry_weight == nullptr ? T(1) : p.entry_weight[0];
   Two<double> mine{0, 0};
   for (int64_t at = grid_first() * width; at < n; at += grid_stride() * width) {
     BinaryEntries<S> e;
@@ -198,6 +206,7 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_f
     T value[width], live[width];
 #pragma unroll
     for (int k = 0; k < width; ++k) {
+      const T factor = weigh(p, 0, e.t[k]);
       value[k] = e.live[k] ? factor * Form::at(e.z[k], e.t[k], p.c).value : T(0);
       live[k] = e.live[k] ? T(1) : T(0);
     }
@@ -237,13 +246,13 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_r
     const int64_t r = first + who.group;
     Two<double> row{0, 0};
     if (r < p.rows) {
-      for_entries<S, true>(p, who, r, [&](const BinaryEntries<S>& e, int64_t j, int step) {
+      for_entries<S, true>(p, who, r, [&](BinaryEntries<S>& e, int64_t j, int step) {
         T sum = 0, count = 0;
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           if (!e.live[k]) continue;
-          const T value = Form::at(e.z[k], e.t[k], p.c).value;
-          sum += p.entry_weight == nullptr ? value : p.entry_weight[j + k * step] * value;
+          const T weight = weigh(p, j + k * step, e.t[k]);
+          sum += weight * Form::at(e.z[k], e.t[k], p.c).value;
           count += T(1);
         }
         row.first += static_cast<double>(sum);
@@ -286,14 +295,15 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_f
   using T = computed_t<S>;
   constexpr int width = BinaryEntries<S>::width;
   const int64_t n = p.rows * p.row;
-  const T scale = scale_of(out) * (p.entry_weight == nullptr ? T(1) : p.entry_weight[0]);
+  const T scale = scale_of(out);
   for (int64_t at = grid_first() * width; at < n; at += grid_stride() * width) {
     BinaryEntries<S> e;
     read<false>(p, 0, at, 1, n, true, e);
     T slope[width];
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const T factor = out.by_row == nullptr || at + k >= n ? scale : scale * out.by_row[at + k];
+      const T by_row = out.by_row == nullptr || at + k >= n ? scale : scale * out.by_row[at + k];
+      const T factor = by_row * weigh(p, 0, e.t[k]);
       slope[k] = e.live[k] ? factor * Form::at(e.z[k], e.t[k], p.c).slope : T(0);
     }
     store_some(slope, out.grad, at, 1, n, at + width <= n);
@@ -324,14 +334,14 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_r
       factor /= static_cast<T>(count.first > 1 ? count.first : 1);
     }
     if (r >= p.rows) continue;
-    for_entries<S, false>(p, who, r, [&](const BinaryEntries<S>& e, int64_t j, int step) {
+    for_entries<S, false>(p, who, r, [&](BinaryEntries<S>& e, int64_t j, int step) {
       T slope[width];
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         slope[k] = 0;
         if (!e.live[k]) continue;
-        slope[k] = factor * Form::at(e.z[k], e.t[k], p.c).slope;
-        if (p.entry_weight != nullptr) slope[k] *= p.entry_weight[j + k * step];
+        const T weight = weigh(p, j + k * step, e.t[k]);
+        slope[k] = weight * factor * Form::at(e.z[k], e.t[k], p.c).slope;
       }
       store_some(slope, out.grad + r * p.row, j, step, p.row, p.packs);
     });
@@ -388,6 +398,7 @@ BinaryInput<S> binary_input(const BinaryProblem& p, bool by_row) {
           p.mask,
           q.mask_by_entry,
           static_cast<const T*>(p.entry_weight),
+          static_cast<const T*>(p.positive_weight),
           p.rows,
           p.row,
           packs,

@@ -159,4 +159,13 @@ CP_INLINE ValueSlope<T> binary_soft(T z, T t, const BinaryParameters<T>& c) {
   if constexpr (Kind == BinaryKind::focal_star) return focal_star(z, t, c);
 }
 
+// Cross-entropy whose positive part counts pi times is that of another label, times what is returned: with w = pi t +
+// (1 - t) it is w times the one of pi t / w. A hard label stays what it is.
+template <class T>
+CP_INLINE T weigh_positive(T pi, T& t) {
+  const T w = pi * t + (1 - t);
+  t = w > 0 ? pi * t / w : t;
+  return w;
+}
+
 }  // namespace counterpoise::math

@@ -97,6 +97,20 @@ def test_class_weights_multiply_entries(loss):
             assert_exact(on(loss, t, class_weight=weight, **options), z)
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_weights_of_the_positive_part(soft):
+    for shape in ((6, 4), (2, 600), (3, 4, 5)):
+        z, t = problem(shape)
+        t = (t * torch.rand_like(t)).bfloat16().double() if soft else t  # labels that every type holds
+        given = {"pos_weight": torch.linspace(0, 3, shape[1], dtype=torch.float64)}
+        for _ in range(2):
+            for options in ({}, {"reduction": "none"}, {"inner": "none"}, {"mask": z > -1}):
+                assert_exact(on(binary_cross_entropy_loss, t, **given, **options), z)
+            assert_accurate(on(binary_cross_entropy_loss, t, **given), z)
+            assert_within_two_ulp(on(binary_cross_entropy_loss, t, **given), z, torch.bfloat16)
+            given["class_weight"] = torch.linspace(2, 1, shape[1], dtype=torch.float64)
+
+
 @every_loss
 def test_masked_classes_and_extremes(loss):
     z, t = problem((5, 40))

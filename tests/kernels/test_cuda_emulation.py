@@ -11,7 +11,12 @@ from torch import Tensor
 
 from counterpoise import kernels
 from counterpoise.kernels.binary import Binary, asymmetric, focal, focal_star
-from counterpoise.losses import asymmetric_loss, sigmoid_focal_loss, sigmoid_focal_star_loss
+from counterpoise.losses import (
+    asymmetric_loss,
+    binary_cross_entropy_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_star_loss,
+)
 from tests.kernels import emulation
 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler")
@@ -136,6 +141,7 @@ def emulated(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     class_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     mean: bool = False,
     divisor: float = 0.0,
     offset: int = 0,
@@ -160,6 +166,7 @@ def emulated(
         "mask": mask,
         "weight": None if weight is None else weight.to(computed),
         "entry_weight": None if class_weight is None else class_weight.to(computed),
+        "positive_weight": None if pos_weight is None else pos_weight.to(computed),
         "upstream": torch.tensor([0.7], dtype=computed),
         "by_row": (torch.arange(z.shape[0]) % 7 + 1).to(computed) / 10,
     }
@@ -245,6 +252,21 @@ def test_masks_and_weights(binary: Path, tmp_path: Path, shape: tuple[int, int],
     kept[0][0], kept[1][0] = 0, 0
     doubled = {name: x.double() for name, x in factors.items()}
     value, grad = plain(function, settings, *kept, mask=mask, inner="mean" if mean else "sum", **doubled)
+    assert_close(out["total"], value, z.dtype)
+    assert_close(out["grad"], grad, z.dtype)
+
+
+@pytest.mark.parametrize("shape", [(67, 3), (9, 100), (40, 1)])
+@pytest.mark.parametrize("soft", [False, True])
+def test_weights_of_the_positive_part(binary: Path, tmp_path: Path, shape: tuple[int, int], soft: bool) -> None:
+    z, t = inputs(*shape, torch.float32, torch.float32, soft)
+    pos_weight, class_weight = 3 * torch.rand(shape[1]), torch.rand(shape[1])
+    pos_weight[0] = 0
+    out = emulated(
+        binary, tmp_path / "case", focal(None, 0.0), z, t, mean=True, class_weight=class_weight, pos_weight=pos_weight
+    )
+    doubled = {"class_weight": class_weight.double(), "pos_weight": pos_weight.double()}
+    value, grad = plain(binary_cross_entropy_loss, {}, z, t, **doubled)
     assert_close(out["total"], value, z.dtype)
     assert_close(out["grad"], grad, z.dtype)
 

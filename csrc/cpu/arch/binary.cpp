@@ -15,6 +15,7 @@ template <class T>
 struct Chunk {
   const T *z, *t;
   alignas(64) T z_buffer[binary_chunk], t_buffer[binary_chunk], value[binary_chunk], slope[binary_chunk];
+  alignas(64) T weight[binary_chunk];
   alignas(64) uint8_t live[binary_chunk];
 };
 
@@ -182,16 +183,30 @@ int64_t count_row(const BinaryProblem& p, int64_t row, Chunk<T>& k) {
   return count;
 }
 
+// Labels and weights of entries whose positive part has a weight of its own.
+template <class T>
+void weigh_positives(const BinaryProblem& p, int64_t n, int64_t in_row, Chunk<T>& k) {
+  const T* __restrict pi = static_cast<const T*>(p.positive_weight) + in_row;
+  const T* __restrict w = static_cast<const T*>(p.entry_weight) + in_row;
+  for (int64_t i = 0; i < n; ++i) {
+    T t = k.t[i];
+    k.weight[i] = w[i] * math::weigh_positive(pi[i], t);
+    k.t_buffer[i] = t;
+  }
+  k.t = k.t_buffer;
+}
+
 // Value and slope of entries [at, at + n), weighted by class; those that do not count are 0. Returns what was seen, and
 // whether all count (else `live` says which do).
 template <class T>
 std::pair<Labels, bool> compute(const BinaryProblem& p, const Formulas<T>& f, int64_t at, int64_t n, int64_t in_row,
                                 Chunk<T>& k) {
   const auto [labels, all] = read(p, at, n, k);
+  if (p.positive_weight != nullptr) weigh_positives(p, n, in_row, k);
   f.hard(n, f.c, k);
   if (labels.soft) f.soft(n, f.c, k);
   if (p.entry_weight != nullptr) {
-    const T* w = static_cast<const T*>(p.entry_weight) + in_row;
+    const T* w = p.positive_weight != nullptr ? k.weight : static_cast<const T*>(p.entry_weight) + in_row;
     for (int64_t i = 0; i < n; ++i) {
       k.value[i] *= w[i];
       k.slope[i] *= w[i];

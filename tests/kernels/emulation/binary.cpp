@@ -12,6 +12,7 @@ BinaryProblem problem(Folder& in) {
           in.read("target"),
           static_cast<const uint8_t*>(in.read("mask")),
           in.read("entry_weight"),
+          in.read("positive_weight"),
           static_cast<Type>(in.whole("logits_type")),
           static_cast<Type>(in.whole("target_type")),
           in.whole("mask_by_entry") != 0,
