@@ -31,7 +31,7 @@ from torch.nn.functional import logsigmoid
 from counterpoise import kernels
 from counterpoise._core import Loss, Spec, check_number, combine_inner, reduce_losses
 from counterpoise.kernels import binary
-from counterpoise.losses._inputs import along_classes, check_multilabel, class_vector, labels_and_live
+from counterpoise.losses._inputs import along_classes, check_class_vector, check_multilabel, labels_and_live
 from counterpoise.losses.sigmoid_focal import holds_soft_labels
 
 
@@ -79,7 +79,7 @@ def asymmetric_loss(
     check_multilabel(logits, target, mask, weight)
     check_asymmetry(gamma_neg, gamma_pos, margin, eps)
     if class_weight is not None:
-        class_weight = class_vector("class_weight", class_weight, logits)
+        check_class_vector("class_weight", class_weight, logits)
     settings = (gamma_neg, gamma_pos, margin, eps, detach_weight)
     plain = partial(_plain, target=target, settings=settings, class_weight=class_weight, mask=mask)
     options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}

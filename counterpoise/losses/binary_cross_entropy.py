@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from counterpoise import kernels
 from counterpoise._core import Loss, Spec, combine_inner, reduce_losses
 from counterpoise.kernels.binary import binary_loss, focal
-from counterpoise.losses._inputs import along_classes, check_multilabel, class_vector, labels_and_live
+from counterpoise.losses._inputs import along_classes, check_class_vector, check_multilabel, labels_and_live
 from counterpoise.losses.sigmoid_focal import holds_soft_labels
 
 
@@ -64,9 +64,9 @@ def binary_cross_entropy_loss(
     """
     check_multilabel(logits, target, mask, weight)
     if class_weight is not None:
-        class_weight = class_vector("class_weight", class_weight, logits)
+        check_class_vector("class_weight", class_weight, logits)
     if pos_weight is not None:
-        pos_weight = class_vector("pos_weight", pos_weight, logits)
+        check_class_vector("pos_weight", pos_weight, logits)
     plain = partial(_plain, target=target, class_weight=class_weight, pos_weight=pos_weight, mask=mask)
     options: dict[str, Any] = {"weight": weight, "inner": inner, "reduction": reduction, "normalizer": normalizer}
     if kernels.runs_on(logits, "binary_total"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -97,11 +98,21 @@ def test_class_weights_multiply_entries(loss):
             assert_exact(on(loss, t, class_weight=weight, **options), z)
 
 
+@pytest.mark.parametrize("loss", [asymmetric_loss, binary_cross_entropy_loss])
+def test_class_weights_keep_their_digits_beside_narrow_logits(loss):
+    z, t = problem((9, 70))
+    narrow, weight = z.bfloat16(), torch.linspace(0.2, 3, 70)
+    for context in (nullcontext, kernels.disabled):
+        with context():
+            found = loss(narrow, t, class_weight=weight)
+            torch.testing.assert_close(found, loss(narrow.float(), t, class_weight=weight), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_weights_of_the_positive_part(soft):
     for shape in ((6, 4), (2, 600), (3, 4, 5)):
         z, t = problem(shape)
-        t = (t * torch.rand_like(t)).bfloat16().double() if soft else t  # labels that every type holds
+        t = problem(shape, soft)[1].bfloat16().double()  # labels that every type holds
         given = {"pos_weight": torch.linspace(0, 3, shape[1], dtype=torch.float64)}
         for _ in range(2):
             for options in ({}, {"reduction": "none"}, {"inner": "none"}, {"mask": z > -1}):
