@@ -60,6 +60,8 @@ struct BinaryGrad {
 
 template <math::BinaryKind Kind, bool Whole, bool Margin>
 struct BinaryForm {
+  static constexpr bool weighs_positives = Kind == math::BinaryKind::focal;  // cross-entropy is one; spares registers
+
   template <class T>
   static CP_DEVICE math::ValueSlope<T> at(T z, T t, const math::BinaryParameters<T>& c) {
     if constexpr (Kind == math::BinaryKind::focal_star) return math::focal_star(z, t, c);
@@ -127,12 +129,17 @@ CP_DEVICE void read(const BinaryInput<S>& p, int64_t base, int64_t j, int step, 
   }
 }
 
-// The weight of the entry at `j` of its row, and its label as the formulas take it.
-template <class S>
-CP_DEVICE computed_t<S> weigh(const BinaryInput<S>& p, int64_t j, computed_t<S>& t) {
-  using T = computed_t<S>;
-  if (p.entry_weight == nullptr) return T(1);
-  return p.positive_weight == nullptr ? p.entry_weight[j] : p.entry_weight[j] * math::weigh_positive(p.positive_weight[j], t);
+// Value and slope of the entry at `j` of its row, weighted by class.
+template <class Form, class S, class T>
+CP_DEVICE math::ValueSlope<T> weighted(const BinaryInput<S>& p, int64_t j, T z, T t) {
+  T positive = 1;
+  if constexpr (Form::weighs_positives) {
+    if (p.positive_weight != nullptr) positive = math::weigh_positive(p.positive_weight[j], t);
+  }
+  const math::ValueSlope<T> found = Form::at(z, t, p.c);
+  if (p.entry_weight == nullptr) return found;
+  const T weight = p.entry_weight[j] * positive;
+  return {weight * found.value, weight * found.slope};
 }
 
 // A thread's place among those that share rows.
@@ -206,8 +213,7 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_f
     T value[width], live[width];
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const T factor = weigh(p, 0, e.t[k]);
-      value[k] = e.live[k] ? factor * Form::at(e.z[k], e.t[k], p.c).value : T(0);
+      value[k] = e.live[k] ? weighted<Form>(p, 0, e.z[k], e.t[k]).value : T(0);
       live[k] = e.live[k] ? T(1) : T(0);
     }
     if (out.sums != nullptr) {
@@ -246,13 +252,12 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_r
     const int64_t r = first + who.group;
     Two<double> row{0, 0};
     if (r < p.rows) {
-      for_entries<S, true>(p, who, r, [&](BinaryEntries<S>& e, int64_t j, int step) {
+      for_entries<S, true>(p, who, r, [&](const BinaryEntries<S>& e, int64_t j, int step) {
         T sum = 0, count = 0;
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           if (!e.live[k]) continue;
-          const T weight = weigh(p, j + k * step, e.t[k]);
-          sum += weight * Form::at(e.z[k], e.t[k], p.c).value;
+          sum += weighted<Form>(p, j + k * step, e.z[k], e.t[k]).value;
           count += T(1);
         }
         row.first += static_cast<double>(sum);
@@ -302,9 +307,8 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_f
     T slope[width];
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const T by_row = out.by_row == nullptr || at + k >= n ? scale : scale * out.by_row[at + k];
-      const T factor = by_row * weigh(p, 0, e.t[k]);
-      slope[k] = e.live[k] ? factor * Form::at(e.z[k], e.t[k], p.c).slope : T(0);
+      const T factor = out.by_row == nullptr || at + k >= n ? scale : scale * out.by_row[at + k];
+      slope[k] = e.live[k] ? factor * weighted<Form>(p, 0, e.z[k], e.t[k]).slope : T(0);
     }
     store_some(slope, out.grad, at, 1, n, at + width <= n);
   }
@@ -334,14 +338,13 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_r
       factor /= static_cast<T>(count.first > 1 ? count.first : 1);
     }
     if (r >= p.rows) continue;
-    for_entries<S, false>(p, who, r, [&](BinaryEntries<S>& e, int64_t j, int step) {
+    for_entries<S, false>(p, who, r, [&](const BinaryEntries<S>& e, int64_t j, int step) {
       T slope[width];
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         slope[k] = 0;
         if (!e.live[k]) continue;
-        const T weight = weigh(p, j + k * step, e.t[k]);
-        slope[k] = weight * factor * Form::at(e.z[k], e.t[k], p.c).slope;
+        slope[k] = factor * weighted<Form>(p, j + k * step, e.z[k], e.t[k]).slope;
       }
       store_some(slope, out.grad + r * p.row, j, step, p.row, p.packs);
     });

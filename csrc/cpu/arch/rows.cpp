@@ -123,16 +123,16 @@ void add_labels(const Rows<T>& r, int64_t from, int64_t n, T top, const Chunk<T>
   const bool weigh_gap = r.c.kind == RowKind::cross_entropy;
   V live = {}, weight = {}, gap = {};
   const V ones = live + T(1), zeros = {};
-  for (int64_t i = 0; i < padded(n); i += lanes) {
+  for (int64_t i = 0; i < padded(n); i += Wide<T>::width) {
     V u, each = ones;
     __builtin_memcpy(&u, k.u + i, sizeof(u));
-    if (w != nullptr) __builtin_memcpy(&each, w + i, (n - i < lanes ? n - i : lanes) * sizeof(T));
+    if (w != nullptr && i < n) __builtin_memcpy(&each, w + i, least(n - i, Wide<T>::width) * sizeof(T));
     const auto here = u > -math::infinity<T>;
     live += here ? ones : zeros;
     weight += here ? each : zeros;
     gap += here ? (weigh_gap ? each : ones) * (u - top) : zeros;
   }
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  for (int64_t lane = 0; lane < Wide<T>::width; ++lane) {
     piece.live += live[lane];
     piece.live_weight += weight[lane];
     piece.gap += gap[lane];

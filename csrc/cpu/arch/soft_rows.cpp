@@ -163,12 +163,12 @@ void add_targets(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<
   const T* w = r.class_weight == nullptr ? nullptr : r.class_weight + from;
   V mass = {}, dot = {}, live = {}, weight = {}, gap = {};
   const V zeros = {}, ones = zeros + T(1);
-  for (int64_t i = 0; i < padded(n); i += lanes) {
+  for (int64_t i = 0; i < padded(n); i += Wide<T>::width) {
     V a, below, each = ones;
     __builtin_memcpy(&a, k.t + i, sizeof(a));
     __builtin_memcpy(&below, k.below + i, sizeof(below));
-    if (w != nullptr) {
-      __builtin_memcpy(&each, w + i, (n - i < lanes ? n - i : lanes) * sizeof(T));
+    if (w != nullptr && i < n) {
+      __builtin_memcpy(&each, w + i, least(n - i, Wide<T>::width) * sizeof(T));
       a *= each;
     }
     mass += a;
@@ -179,7 +179,7 @@ void add_targets(const SoftRows<T>& r, int64_t from, int64_t n, const SoftChunk<
     weight += here ? each : zeros;
     gap += here ? each * below : zeros;
   }
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  for (int64_t lane = 0; lane < Wide<T>::width; ++lane) {
     piece.mass += mass[lane];
     piece.dot += dot[lane];
     piece.live += live[lane];

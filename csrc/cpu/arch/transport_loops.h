@@ -12,14 +12,6 @@ namespace counterpoise::CP_ARCH {
 
 using math::infinity;
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
 // Compilers do not reorder a sum; these say which parts of it are independent.
 template <class T>
 struct Vector {
@@ -31,7 +23,6 @@ struct Vector {
 template <class T>
 constexpr T lowest = std::numeric_limits<T>::lowest();
 
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Memory for the loops of one call; none of C++'s containers, whose code other instruction sets might run.

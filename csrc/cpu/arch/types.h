@@ -89,60 +89,57 @@ const T* in_place(const void* x, Type type, int64_t at, int64_t n, T* buffer) {
   });
 }
 
-// Sixteen numbers side by side, where the compiler does not see by itself that a loop of sixteen is one.
-constexpr int64_t lanes = 16;
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+// A register: the compiler takes wider vectors apart number by number wherever they are compared.
 template <class T>
 struct Wide {
-  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+  typedef T type __attribute__((vector_size(vector_bytes)));
+  static constexpr int64_t width = vector_bytes / sizeof(T);
 };
 
-// x[k], x[k + 1], ... in the first places.
-template <int K, class V>
-CP_INLINE void shift_down(V& x) {
-  using Index = decltype(x < x);
-  Index at;
-  for (int64_t i = 0; i < lanes; ++i) at[i] = (i + K) % lanes;
-  x = __builtin_shuffle(x, at);
+constexpr int64_t lanes = 16;  // numbers that are added up apart, whatever the registers hold
+
+// join(part, next) over sixteen numbers at a time, in registers; then the halves joined, down to one.
+template <class T, class F>
+CP_INLINE T fold(const T* x, int64_t n, T start, const F& join) {
+  using V = typename Wide<T>::type;
+  constexpr int64_t width = Wide<T>::width, parts = lanes / width;
+  V part[parts];
+  for (auto& p : part) p = V{} + start;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t g = 0; g < parts; ++g) {
+      V next;
+      __builtin_memcpy(&next, x + i + g * width, sizeof(next));
+      part[g] = join(part[g], next);
+    }
+  T rest = start;
+  for (; i < n; ++i) rest = join(rest, x[i]);
+  alignas(64) T each[lanes];
+  __builtin_memcpy(each, part, sizeof(each));
+  for (int64_t k = lanes / 2; k > 0; k /= 2)
+    for (int64_t j = 0; j < k; ++j) each[j] = join(each[j], each[j + k]);
+  return join(rest, each[0]);
 }
 
-template <int K, class V, class F>
-CP_INLINE void fold(V& x, const F& join) {
-  V other = x;
-  shift_down<K>(other);
-  join(x, other);
-  if constexpr (K > 1) fold<K / 2>(x, join);
-}
-
-// Sixteen partial sums, added in a fixed order.
 template <class T>
 CP_INLINE T sum(const T* x, int64_t n) {
-  typename Wide<T>::type part = {}, next;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    __builtin_memcpy(&next, x + i, sizeof(next));
-    part += next;
-  }
-  T total = 0;
-  for (; i < n; ++i) total += x[i];
-  fold<lanes / 2>(part, [](auto& a, const auto& b) { a += b; });
-  return total + part[0];
+  return fold(x, n, T(0), [](const auto& a, const auto& b) { return a + b; });
 }
 
 // The largest; NaN is passed over.
 template <class T>
 CP_INLINE T largest(const T* x, int64_t n) {
-  typename Wide<T>::type part = {}, next;
-  part -= math::infinity<T>;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    __builtin_memcpy(&next, x + i, sizeof(next));
-    part = next > part ? next : part;
-  }
-  T most = -math::infinity<T>;
-  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
-  fold<lanes / 2>(part, [](auto& a, const auto& b) { a = b > a ? b : a; });
-  return part[0] > most ? part[0] : most;
+  return fold(x, n, -math::infinity<T>, [](const auto& a, const auto& b) { return b > a ? b : a; });
 }
 
 // x * factor, 0 where that would be subnormal: such products are slow, and nothing beside a row's largest slope.
