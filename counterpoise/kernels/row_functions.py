@@ -65,6 +65,13 @@ def define_member(name: str) -> None:
     _MEMBERS[name] = _Operators(*made)
 
 
+def as_computed(x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A class vector as the operators read it; nearly always it is that already."""
+    if x.is_cpu and logits.is_cpu and x.dtype == dtype and x.is_contiguous():
+        return x
+    return x.to(logits.device, dtype).contiguous()
+
+
 def by_entry(mask: Tensor, y: Tensor) -> Tensor:
     """A mask by row or by entry, flat, one an entry."""
     whole = mask if mask.ndim == y.ndim else mask.reshape(-1, *[1] * (y.ndim - 1)).expand(y.shape)

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from counterpoise._core import INNERS, check_choice, check_reduction, combine_inner, reduce_losses
 from counterpoise.kernels._library import in_transform, runs_on
-from counterpoise.kernels.row_functions import Options, Plain, Vectors, by_entry, call, define_member, each, total
+from counterpoise.kernels.row_functions import (
+    Options,
+    Plain,
+    Vectors,
+    as_computed,
+    by_entry,
+    call,
+    define_member,
+    each,
+    total,
+)
 
 CROSS_ENTROPY, FOCAL, ASYMMETRIC = 0, 1, 2
 Formula = tuple[int, float, float, float, float, bool, int]
@@ -64,7 +74,7 @@ def row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
     flat_mask = None if mask is None else by_entry(mask, y)
-    dense = [x if x is None else x.to(logits.device, computed).contiguous() for x in vectors]
+    dense = [x if x is None else as_computed(x, logits, computed) for x in vectors]
     inputs = (y.contiguous() if y.ndim == 1 else y.reshape(-1), flat_mask, *dense)
     try:
         if not (sync or reduction == "none" or logits.ndim > 2):

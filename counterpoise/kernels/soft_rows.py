@@ -15,6 +15,7 @@ from counterpoise.kernels.row_functions import (
     Options,
     Plain,
     Vectors,
+    as_computed,
     as_rows,
     by_entry,
     call,
@@ -78,7 +79,7 @@ def soft_row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     entries = target[:, 0]
     flat_mask = None if mask is None else by_entry(mask, entries)
-    dense = [x if x is None else x.to(logits.device, computed).contiguous() for x in vectors]
+    dense = [x if x is None else as_computed(x, logits, computed) for x in vectors]
     known_type = logits.is_cpu or target.dtype == logits.dtype  # to the kernels of the device
     t = as_rows(target if known_type else target.to(computed))
     inputs = (t, flat_mask, *dense)

@@ -100,10 +100,11 @@ def expand_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 def check_class_vector(name: str, x: Tensor, logits: Tensor) -> None:
     """Raises ValueError unless ``x`` is (C,)."""
+    if x.ndim == 1 and logits.ndim > 1 and x.numel() == logits.shape[1]:
+        return
     if logits.ndim < 2:
         raise ValueError(f"{name} is given, expected logits of shape (N, C, ...), got {tuple(logits.shape)}")
-    if x.ndim != 1 or x.numel() != logits.size(1):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
+    raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({logits.shape[1]},), one entry a class")
 
 
 def class_vector(name: str, x: Tensor, logits: Tensor) -> Tensor:

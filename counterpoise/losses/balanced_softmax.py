@@ -45,7 +45,7 @@ def balanced_softmax_loss(
     return adjusted_cross_entropy(
         logits,
         target,
-        additive=statistics.derived("log prior", logits, lambda: statistics.seen_prior().log()),
+        additive=statistics.derived(ClassStatistics.log_prior, logits),
         class_weight=class_weight,
         ignore_index=ignore_index,
         weight=weight,

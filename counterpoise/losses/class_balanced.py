@@ -56,8 +56,8 @@ def class_balanced_loss(
     if target.is_floating_point():
         raise TypeError(f"target has dtype {target.dtype}, expected class indices of an integer type")
     statistics = statistics_of(class_counts)
-    key = ("effective number", beta)
-    w = statistics.derived(key, logits, lambda: statistics.effective_number_weights(beta), statistics.counts)
+    weights = ClassStatistics.effective_number_weights
+    w = statistics.derived(weights, logits, beta, source=statistics.counts)
     check_class_vector("class_counts", w, logits)
     if base == "softmax":
         return cross_entropy_loss(

@@ -58,7 +58,7 @@ def ldam_loss(
     return adjusted_cross_entropy(
         logits,
         target,
-        margin=statistics.derived(("margins", max_margin), logits, lambda: ldam_margins(statistics, max_margin)),
+        margin=statistics.derived(ldam_margins, logits, max_margin),
         scale=scale,
         class_weight=class_weight,
         ignore_index=ignore_index,

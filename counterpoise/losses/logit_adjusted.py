@@ -51,11 +51,10 @@ def logit_adjusted_loss(
     The other arguments, the shapes returned and the errors are those of :func:`adjusted_cross_entropy`.
     """
     statistics = statistics_of(class_counts)
-    key = ("prior adjustment", tau, epsilon)
     return adjusted_cross_entropy(
         logits,
         target,
-        additive=statistics.derived(key, logits, lambda: prior_adjustment(statistics, tau, epsilon)),
+        additive=statistics.derived(prior_adjustment, logits, tau, epsilon),
         class_weight=class_weight,
         ignore_index=ignore_index,
         weight=weight,

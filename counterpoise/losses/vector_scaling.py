@@ -59,11 +59,9 @@ def vector_scaling_loss(
     statistics = statistics_of(class_counts)
     additive = multiplicative = None
     if tau > 0:
-        additive = statistics.derived(("iota", tau), logits, lambda: class_scaling(statistics, 0.0, tau)[1])
+        additive = statistics.derived(_iota, logits, tau)
     if gamma > 0:
-        multiplicative = statistics.derived(
-            ("delta", gamma), logits, lambda: 1 / class_scaling(statistics, gamma, 0.0)[0]
-        )
+        multiplicative = statistics.derived(_inverse_delta, logits, gamma)
     return adjusted_cross_entropy(
         logits,
         target,
@@ -86,6 +84,14 @@ def class_scaling(class_counts: ClassCounts | ClassStatistics, gamma: float, tau
     check_number("tau", tau, 0)
     prior = statistics_of(class_counts).seen_prior()
     return (prior.max() / prior) ** gamma, tau * torch.log(prior)
+
+
+def _iota(statistics: ClassStatistics, tau: float) -> Tensor:
+    return class_scaling(statistics, 0.0, tau)[1]
+
+
+def _inverse_delta(statistics: ClassStatistics, gamma: float) -> Tensor:
+    return 1 / class_scaling(statistics, gamma, 0.0)[0]
 
 
 class VectorScalingLoss(Loss):

@@ -159,38 +159,42 @@ class ClassStatistics(PreciseBuffers):
         smallest = torch.where(self.prior > 0, self.prior, torch.inf).min()
         return torch.where(self.prior > 0, self.prior, smallest)
 
+    def log_prior(self) -> Tensor:
+        """(C,) float64 logarithm of :meth:`seen_prior`."""
+        return self.seen_prior().log()
+
     def effective_number_weights(self, beta: float = 0.9999) -> Tensor:
         """(C,) float64, see :func:`effective_number_weights`."""
         check_number("beta", beta, 0, 1)
         return _by_effective_number(self.smoothed_counts, beta)
 
-    def derived(self, key: Hashable, like: Tensor, make: Callable[[], Tensor], source: Tensor | None = None) -> Tensor:
+    def derived(
+        self, make: Callable[..., Tensor], like: Tensor, *settings: float, source: Tensor | None = None
+    ) -> Tensor:
         """A class vector made from a buffer, on the device of ``like`` in at least float32; made once a state of it.
 
         Args:
-            key: names the vector and its settings.
-            make: makes it, of any type.
+            make: ``make(statistics, *settings)`` is the vector, of any type.
             source: the buffer, None = the prior.
         """
         source = self._buffers["prior"] if source is None else source
         if torch.compiler.is_compiling() or type(source) is not Tensor:
-            return self._make(make, like)
-        found = self._derived.get((key, like.dtype))
-        if found is not None:
-            before, version, vector = found
-            if _unchanged(source, before, version) and (
-                (vector.is_cpu and like.is_cpu) or vector.device == like.device
-            ):
+            return self._made(make, like, settings)
+        key = (make, settings, like.dtype)
+        if key in self._derived:
+            before, version, vector = self._derived[key]
+            here = (vector.is_cpu and like.is_cpu) or vector.device == like.device
+            if here and _unchanged(source, before, version):
                 return vector
-        vector = self._make(make, like)
+        vector = self._made(make, like, settings)
         if not torch.is_inference_mode_enabled():
             # On the host a copy tells whatever wrote to the buffer; elsewhere reading it would stall the device.
-            self._derived[key, like.dtype] = (source.clone() if source.is_cpu else source, source._version, vector)
+            self._derived[key] = (source.clone() if source.is_cpu else source, source._version, vector)
         return vector
 
     @torch.no_grad()
-    def _make(self, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        return make().to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
+    def _made(self, make: Callable[..., Tensor], like: Tensor, settings: tuple[float, ...]) -> Tensor:
+        return make(self, *settings).to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what can be made again."""
