@@ -154,10 +154,10 @@ double total_and_state(const RowProblem& p, const void* w, double divisor, Tenso
   return weighted_total(p, losses.const_data_ptr(), w) / divisor;
 }
 
-// Numbers that a thread keeps a row's exponentials in, where the gradient's type is too narrow for them.
+// Numbers that a thread keeps a row's exponentials in, where their place in the gradient is too narrow or streamed.
 int64_t scratch_size(const RowProblem& p) {
   const bool narrow = p.logits_type == Type::bfloat16 || p.logits_type == Type::float16;
-  return narrow && p.classes > row_chunk && p.classes <= row_kept ? p.classes : 0;
+  return (narrow || row_streams(p)) && p.classes > row_chunk && p.classes <= row_kept ? p.classes : 0;
 }
 
 // The total with its gradient.
@@ -172,7 +172,7 @@ double total_and_gradient(const RowProblem& p, const void* w, double divisor, vo
     }
   } else {
     each_block(p, [&](int64_t b, int64_t e) {
-      std::vector<float> scratch(scratch_size(p));
+      std::vector<double> scratch(scratch_size(p));  // or so many floats
       CP_BEST(row_table).rows(p, b, e, w, 1 / divisor, losses.data(), nullptr,
                               scratch.empty() ? nullptr : scratch.data(), g);
     });

@@ -28,6 +28,14 @@ constexpr int64_t row_state = 5;         // numbers a row that the backward pass
 
 constexpr int64_t row_kept = 1 << 20;    // classes of the longest row whose exponentials are kept
 
+// Whether the gradient goes past the caches: it is too large to be found in them, and a line would be read before it is
+// written. Exponentials are then kept beside it, in what the second cache holds.
+inline bool row_streams(const RowProblem& p) {
+  const bool half = p.logits_type == Type::bfloat16 || p.logits_type == Type::float16;
+  const int64_t size = half ? 2 : (p.logits_type == Type::float64 ? 8 : 4);
+  return p.classes <= (1 << 16) && p.rows * p.classes * size >= (int64_t(1) << 25);
+}
+
 // Sums over a piece of a row; `top` is the largest logit in it or the target's, whichever is larger.
 struct RowPiece {
   double top, others, live, live_weight, gap, off_value, off_slope;
@@ -36,7 +44,7 @@ struct RowPiece {
 struct RowTable {
   // Losses and (unless null) states of rows [begin, end); unless `grad` is null their gradients, times `scale` and
   // `weight` (null = ones). `scratch` holds `classes` numbers where rows are longer than a chunk (and no longer than
-  // row_kept), and narrower than what is computed in.
+  // row_kept), and narrower than what is computed in or streamed.
   void (*rows)(const RowProblem&, int64_t begin, int64_t end, const void* weight, double scale, void* losses,
                void* state, void* scratch, void* grad);
   // Gradients of rows [begin, end) from their states, times `by_row`.

@@ -317,6 +317,27 @@ def test_counts_may_be_a_list_a_tensor_or_statistics() -> None:
         assert function(logits, target, class_counts=counts.flip(0)) != expected
 
 
+@pytest.mark.parametrize(("rows", "classes", "dtype"), [
+    (9000, 1000, torch.float32), (3000, 3001, torch.float32), (1500, 3001, torch.float64), (6000, 3001, torch.bfloat16)
+])  # fmt: skip
+def test_a_gradient_too_large_for_the_caches_is_the_same(rows: int, classes: int, dtype: torch.dtype) -> None:
+    """32 MiB and more are written past them; a third of the rows alone is not."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, classes, generator=g).to(dtype)
+    target = torch.randint(classes, (rows,), generator=g)
+    target[5] = -100
+
+    def gradient(some: slice) -> Tensor:
+        leaf = logits[some].clone().requires_grad_()
+        return torch.autograd.grad(cross_entropy_loss(leaf, target[some], reduction="sum"), leaf)[0]
+
+    whole = gradient(slice(None))
+    assert whole.nbytes >= 2**25 > whole[: rows // 3].nbytes
+    for start in range(0, rows, rows // 3):
+        part = slice(start, start + rows // 3)
+        assert torch.equal(whole[part], gradient(part))
+
+
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError

@@ -52,6 +52,13 @@ void write(const T* __restrict g, int64_t n, void* grad, int64_t at) {
   for (int64_t i = 0; i < n; ++i) to[i] = Narrow<S>::from(g[i]);
 }
 
+template <class S, class T>
+void write_past_caches(const T* __restrict g, int64_t n, void* grad, int64_t at) {
+  alignas(64) S narrow[row_chunk];
+  store(g, n, narrow);
+  stream(narrow, n, static_cast<S*>(grad) + at);
+}
+
 // A problem with its functions and numbers at hand.
 template <class T>
 struct Rows {
@@ -95,7 +102,7 @@ Rows<T> rows_with(const RowProblem& p) {
                               math::exponent<T>(p.gamma_neg), static_cast<T>(p.smoothing), p.detach};
   return {p,
           readers[2 * (p.multiplicative != nullptr) + (p.additive != nullptr)],
-          write<S, T>,
+          row_streams(p) ? write_past_caches<S, T> : write<S, T>,
           gather<S, T>,
           scatter<S, T>,
           c,
@@ -332,6 +339,7 @@ void rows(const RowProblem& p, int64_t begin, int64_t end, const void* weight, d
       }
     }
   });
+  end_of_stream();
 }
 
 void backward(const RowProblem& p, int64_t begin, int64_t end, const void* state, const void* by_row, void* grad) {
@@ -341,6 +349,7 @@ void backward(const RowProblem& p, int64_t begin, int64_t end, const void* state
       write_piece(r, row, 0, p.classes, slopes_from(static_cast<const T*>(state) + row * row_state),
                   static_cast<const T*>(by_row)[row], grad, k);
   });
+  end_of_stream();
 }
 
 RowPiece sums(const RowProblem& p, int64_t row, int64_t from, int64_t to) {

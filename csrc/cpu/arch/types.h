@@ -1,6 +1,10 @@
 // Reading and writing the storage types; everything is computed in float, or in double for double.
 #pragma once
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -140,6 +144,34 @@ CP_INLINE T sum(const T* x, int64_t n) {
 template <class T>
 CP_INLINE T largest(const T* x, int64_t n) {
   return fold(x, n, -math::infinity<T>, [](const auto& a, const auto& b) { return b > a ? b : a; });
+}
+
+// Writes past the caches: a line is not read before it is written, and turns nothing out.
+template <class S>
+CP_INLINE void stream(const S* from, int64_t n, S* to) {
+  int64_t i = 0;
+#if defined(__SSE2__)
+  constexpr int64_t step = vector_bytes / sizeof(S);
+  while (i < n && reinterpret_cast<uintptr_t>(to + i) % vector_bytes != 0) to[i] = from[i], ++i;
+  for (; i + step <= n; i += step) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
+#elif defined(__AVX__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+#endif
+  }
+#endif
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// Before another thread may read what was streamed.
+CP_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // x * factor, 0 where that would be subnormal: such products are slow, and nothing beside a row's largest slope.
