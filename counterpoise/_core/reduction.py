@@ -15,6 +15,8 @@ INNERS = ("mean", "sum", "none")
 
 def check_reduction(reduction: str, normalizer: str | float) -> None:
     """Raises unless both are known; ``normalizer`` may also be a positive number."""
+    if type(reduction) is str and reduction in REDUCTIONS and type(normalizer) is str and normalizer in NORMALIZERS:
+        return
     check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, NORMALIZERS)

@@ -39,6 +39,16 @@ _INPUTS = (
 _STATE = 5  # numbers a row
 
 
+# Of the host alone, for what is asked for nearly always: arguments take most of the time of a small loss.
+define(
+    "rows_common(Tensor logits, Tensor target, Tensor? additive, Tensor? margin, int kind, float scale, float gamma, "
+    "int ignore_index, int normalizer, float number, Tensor(a!) value, Tensor(b!) grad) -> ()"
+)
+torch.library.register_fake("counterpoise::rows_common", lambda *_: None, lib=LIBRARY)
+_common_op = torch.ops.counterpoise.rows_common.default
+_COMMON_KINDS = (0, 1)  # cross-entropy and focal
+
+
 class _Operators(NamedTuple):
     each: Any
     backward: Any
@@ -140,6 +150,16 @@ def _run_backward(
     return grad
 
 
+def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: Tensor, grad: Tensor) -> None:
+    """The loss with its gradient, on the host."""
+    y, mask, multiplicative, additive, margin, class_weight, weight = inputs
+    unweighted = mask is None and multiplicative is None and class_weight is None and weight is None
+    if not (unweighted and member == "rows" and settings[0] in _COMMON_KINDS and settings[2] == 0):
+        return _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)
+    kind, scale, _, gamma, _, _, ignore_index, normalizer, number = settings
+    return _common_op(z, y, additive, margin, kind, scale, gamma, ignore_index, normalizer, number, value, grad)
+
+
 class _Total(torch.autograd.Function):
     """:func:`total`. On the host the first backward pass takes the gradient that came with the loss."""
 
@@ -152,7 +172,7 @@ class _Total(torch.autograd.Function):
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
         if logits.is_cpu and logits.dtype != torch.float16:
             value, ctx.kept, ctx.grad = scalar_like(z), None, gradient_like(z)
-            _MEMBERS[member].total(z, *inputs, settings, value, None, None, ctx.grad)
+            _emit(member, z, inputs, settings, value, ctx.grad)
         else:
             value, *ctx.kept = _run_total(member, z, inputs, settings)
             ctx.grad = None
