@@ -21,9 +21,11 @@ class PreciseBuffers(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Buffers and parts: losses read theirs on every call, and torch looks through parameters first."""
         own = self.__dict__
-        for kind in ("_buffers", "_modules"):
-            if kind in own and name in own[kind]:
-                return own[kind][name]
+        if "_modules" in own:  # the last that torch makes
+            if name in own["_buffers"]:
+                return own["_buffers"][name]
+            if name in own["_modules"]:
+                return own["_modules"][name]
         return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

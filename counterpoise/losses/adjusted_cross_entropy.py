@@ -84,8 +84,10 @@ def adjusted_cross_entropy(
         ValueError, TypeError: a shape, type or class index that does not fit.
     """
     check_multiclass(logits, target, mask, weight)
-    check_number("scale", scale, 0, open_low=True)
-    check_number("label_smoothing", label_smoothing, 0, 1)
+    if scale != 1.0:
+        check_number("scale", scale, 0, open_low=True)
+    if label_smoothing != 0.0:
+        check_number("label_smoothing", label_smoothing, 0, 1)
     vectors = (multiplicative, additive, margin, class_weight)
     if multiplicative is not None:
         check_class_vector("multiplicative", multiplicative, logits)
