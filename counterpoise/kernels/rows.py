@@ -109,6 +109,8 @@ def row_loss(
 
 def _divisor(kind: int, reduction: str, normalizer: str | float) -> tuple[float, float]:
     """The code of what the kernel divides by, and the number if it is one."""
+    if reduction == "mean" and normalizer == "count":
+        return 1, 0.0
     if reduction == "sum":
         return 0, 1.0
     if not isinstance(normalizer, str):
