@@ -153,11 +153,12 @@ def _run_backward(
 def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: Tensor, grad: Tensor) -> None:
     """The loss with its gradient, on the host."""
     y, mask, multiplicative, additive, margin, class_weight, weight = inputs
-    unweighted = mask is None and multiplicative is None and class_weight is None and weight is None
-    if not (unweighted and member == "rows" and settings[0] in _COMMON_KINDS and settings[2] == 0):
-        return _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)
-    kind, scale, _, gamma, _, _, ignore_index, normalizer, number = settings
-    return _common_op(z, y, additive, margin, kind, scale, gamma, ignore_index, normalizer, number, value, grad)
+    if mask is multiplicative is class_weight is weight is None and member == "rows":
+        kind, scale, smoothing, gamma, _, _, ignore_index, normalizer, number = settings
+        if smoothing == 0 and kind in _COMMON_KINDS:
+            _common_op(z, y, additive, margin, kind, scale, gamma, ignore_index, normalizer, number, value, grad)
+            return
+    _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)
 
 
 class _Total(torch.autograd.Function):

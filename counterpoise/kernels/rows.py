@@ -66,7 +66,7 @@ def row_loss(
         ValueError: a class index out of range; on an accelerator an assertion on the device.
     """
     weight, inner, reduction, normalizer, sync = options
-    kind, _, smoothing, *_, ignore_index = formula
+    kind, smoothing, ignore_index = formula[0], formula[2], formula[6]
     check_reduction(reduction, normalizer)
     check_choice("inner", inner, INNERS)
     if kind == FOCAL and smoothing > 0 and normalizer == "weight":  # smoothing spreads the class weights of a row
