@@ -50,7 +50,7 @@ define(f"pairwise_sigmoid_slopes({_WRITTEN}, Tensor bias, Tensor upstream, Tenso
 
 _ops = torch.ops.counterpoise
 for _name in ("rows", "both", "slopes", "sigmoid", "sigmoid_slopes"):
-    torch.library.register_fake(f"counterpoise::pairwise_{_name}", lambda *_: None, lib=LIBRARY)
+    LIBRARY.impl(f"pairwise_{_name}", lambda *_: None, "Meta")
 
 Plain = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """The same sums from queries and keys as they are written in PyTorch, for second derivatives."""

@@ -44,7 +44,7 @@ define(
     "rows_common(Tensor logits, Tensor target, Tensor? additive, Tensor? margin, int kind, float scale, float gamma, "
     "int ignore_index, int normalizer, float number, Tensor(a!) value, Tensor(b!) grad) -> ()"
 )
-torch.library.register_fake("counterpoise::rows_common", lambda *_: None, lib=LIBRARY)
+LIBRARY.impl("rows_common", lambda *_: None, "Meta")
 _common_op = torch.ops.counterpoise.rows_common.default
 _COMMON_KINDS = (0, 1)  # cross-entropy and focal
 
@@ -70,7 +70,7 @@ def define_member(name: str) -> None:
         "Tensor(c!)? factor, Tensor(d!)? grad) -> ()"
     )
     for part in _Operators._fields:
-        torch.library.register_fake(f"counterpoise::{name}_{part}", lambda *_: None, lib=LIBRARY)
+        LIBRARY.impl(f"{name}_{part}", lambda *_: None, "Meta")
     made = (getattr(torch.ops.counterpoise, f"{name}_{part}").default for part in _Operators._fields)
     _MEMBERS[name] = _Operators(*made)
 

@@ -206,37 +206,37 @@ def _columns(cost: Tensor) -> Tensor:
     return cost.new_empty((cost.shape[0], cost.shape[2]))
 
 
-@torch.library.register_fake("counterpoise::transport_rows", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_rows", "Meta")
 def _(cost: Tensor, *_: Any) -> Any:
     return _rows(cost), _rows(cost)
 
 
-@torch.library.register_fake("counterpoise::transport_columns", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_columns", "Meta")
 def _(cost: Tensor, *_: Any) -> Any:
     return _columns(cost)
 
 
-@torch.library.register_fake("counterpoise::transport_sweep", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_sweep", "Meta")
 def _(cost: Tensor, *_: Any) -> Any:
     return _rows(cost), _rows(cost), _rows(cost), _columns(cost)
 
 
-@torch.library.register_fake("counterpoise::transport_kernel", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_kernel", "Meta")
 def _(cost: Tensor, *_: Any) -> Any:
     return torch.empty_like(cost)
 
 
-@torch.library.register_fake("counterpoise::transport_plan_", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_plan_", "Meta")
 def _(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("counterpoise::transport_start", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_start", "Meta")
 def _(cost: Tensor, *_: Any) -> Any:
     return _rows(cost), _columns(cost), cost.new_empty((len(cost),), dtype=torch.float64)
 
 
-@torch.library.register_fake("counterpoise::transport_scale", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "transport_scale", "Meta")
 def _(kernel: Tensor, f: Tensor, g: Tensor, v: Tensor, *arguments: Any) -> Any:
     ceilings = [kernel.new_empty(0) if x is None else torch.empty_like(x) for x in (arguments[6], arguments[14])]
     made = [torch.empty_like(x) for x in (f, g, f, g, g, f)]
