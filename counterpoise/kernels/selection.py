@@ -89,4 +89,4 @@ def see_nearest(costs: Tensor, start: int, near: Tensor, keys: Tensor) -> None:
 
 
 for _name in ("selection_distances", "selection_taken", "selection_nearest"):
-    LIBRARY.impl(f"{_name}", lambda *_: None, "Meta")
+    LIBRARY.impl(_name, lambda *_: None, "Meta")
