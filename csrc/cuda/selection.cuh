@@ -13,6 +13,7 @@ namespace counterpoise::cuda {
 constexpr int selection_threads = 256;
 constexpr int64_t selection_most_blocks = 1 << 16;  // a larger grid goes round
 constexpr int follow_threads = 1024;                // one block is all that follows picks
+constexpr int follow_together = 4;                  // leaders whose distances a warp finds together
 
 // out_i = |x_rows(i) - centre_which(i)|.
 struct SelectionPairs {
@@ -23,22 +24,30 @@ struct SelectionPairs {
   int64_t count, width;
 };
 
-// For every lane of a warp. The fused product is written out, so that no compiler rounds it in one kernel alone.
-CP_DEVICE double selection_distance(const double* x, const double* y, int64_t width) {
-  double sum = 0;
-#pragma unroll 4  // so that several loads are under way before the first is used
+// Of several points to y, for every lane of a warp: their loads and sums are under way together. The fused product is
+// written out, so that no compiler rounds it in one kernel alone.
+template <int N>
+CP_DEVICE void selection_distances_to(const double* y, const double* const (&x)[N], int64_t width, double (&found)[N]) {
+  double sum[N] = {};
+#pragma unroll(4 / N)  // so that several loads are under way before the first is used
   for (int64_t j = lane(); j < width; j += warp_size) {
-    const double apart = x[j] - y[j];
-    sum = ::fma(apart, apart, sum);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const double apart = x[k][j] - y[j];
+      sum[k] = ::fma(apart, apart, sum[k]);
+    }
   }
-  return ::sqrt(warp_reduce(sum, Add()));
+#pragma unroll
+  for (int k = 0; k < N; ++k) found[k] = ::sqrt(warp_reduce(sum[k], Add()));
 }
 
 __global__ void __launch_bounds__(selection_threads) selection_distances_kernel(SelectionPairs p, double* out) {
   const int64_t teams = static_cast<int64_t>(gridDim.x) * warps();
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * warps() + warp(); i < p.count; i += teams) {
-    const double found = selection_distance(p.x + p.rows[i] * p.width, p.centres + p.which[i] * p.width, p.width);
-    if (lane() == 0) out[i] = found;
+    const double* const x[1] = {p.x + p.rows[i] * p.width};
+    double found[1];
+    selection_distances_to(p.centres + p.which[i] * p.width, x, p.width, found);
+    if (lane() == 0) out[i] = found[0];
   }
 }
 
@@ -81,11 +90,20 @@ CP_DEVICE Farthest show_leaders(const Leaders& p, int64_t pick) {
     const bool there = i < p.count;
     double distance = there ? p.distance[i] : 0;
     unsigned left = __ballot_sync(all_lanes, there && pick >= 0 && i != pick && !(distance < p.bound));
-    for (int source = 0; left != 0; ++source, left >>= 1) {
-      if (!(left & 1)) continue;
-      const double* point = p.points + (first + static_cast<int64_t>(source) * warps()) * p.width;
-      const double apart = selection_distance(point, p.points + pick * p.width, p.width);
-      if (source == lane() && apart < distance) distance = apart;
+    while (left != 0) {
+      int source[follow_together];
+      const double* x[follow_together];
+      double apart[follow_together];
+#pragma unroll
+      for (int k = 0; k < follow_together; ++k) {
+        source[k] = left != 0 ? __ffs(left) - 1 : source[0];  // the first again where no more are left
+        left &= left - 1;
+        x[k] = p.points + (first + static_cast<int64_t>(source[k]) * warps()) * p.width;
+      }
+      selection_distances_to(p.points + pick * p.width, x, p.width, apart);
+#pragma unroll
+      for (int k = 0; k < follow_together; ++k)
+        if (source[k] == lane() && apart[k] < distance) distance = apart[k];
     }
     if (!there) continue;
     if (i == pick) distance = 0;

@@ -12,12 +12,12 @@
 namespace counterpoise::cuda {
 
 constexpr int nearest_threads = 256;
-constexpr int nearest_each = 8;             // costs that a thread looks at between two barriers
-constexpr int nearest_most = 2048;          // that can be kept of a query: counterpoise/kernels/selection.py knows it too
+constexpr int nearest_each = 8;                   // costs that a thread looks at between two barriers
+constexpr int nearest_most = 2048;                // kept of a query; counterpoise/kernels/selection.py knows it too
 constexpr int nearest_held = nearest_most + 768;  // that shared memory has room for, of the widest type
-constexpr int64_t nearest_part = 1 << 14;   // columns of a row that a block of its own is worth
-constexpr int64_t nearest_blocks = 512;     // wanted on a device
-constexpr int64_t nearest_grid = 1 << 16;   // a larger grid goes round
+constexpr int64_t nearest_part = 1 << 14;         // columns of a row that a block of its own is worth
+constexpr int64_t nearest_blocks = 512;           // wanted on a device
+constexpr int64_t nearest_grid = 1 << 16;         // a larger grid goes round
 
 // Costs of a row, or of what is left of it; the numbers count on from the first, or are given.
 template <class T>
@@ -70,7 +70,7 @@ struct Kept {
     number[high] = n;
   }
 
-  // The first n, ascending: bitonic, with every exchange towards the end, so that what lies beyond n never moves.
+  // The first n, ascending: bitonic, and every exchange puts the greater behind, so that n need be no power of two.
   CP_DEVICE void sort(int n) const {
     for (int half = 1; half < n; half *= 2) {
       for (int apart = half; apart > 0; apart /= 2) {
@@ -86,6 +86,7 @@ struct Kept {
   }
 };
 
+// The last of the kept.
 template <class T>
 struct Worst {
   T cost;

@@ -215,6 +215,15 @@ def test_k_center(points, dtype):
         torch.testing.assert_close(fused.gains.cpu(), other.gains.cpu(), rtol=1e-12, atol=1e-12)
 
 
+def test_k_center_among_more_leaders_than_one_block_follows():
+    x = draw(5000, 9000).float().cuda()
+    assert not selection.takes(x[:256].double(), "follow")
+    fused = k_center_greedy(x, 20, first=0)
+    with kernels.disabled():
+        plain = k_center_greedy(x, 20, first=0)
+    assert torch.equal(fused.indices, plain.indices)
+
+
 def test_picks_are_followed_to_the_last_bit_of_the_distances():
     points = POINTS["copies"].cuda()[:1000]
     start, index = torch.linalg.vector_norm(points, dim=1), torch.arange(len(points), device="cuda")

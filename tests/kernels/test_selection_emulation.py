@@ -199,6 +199,11 @@ def test_many_are_kept(program: Path, tmp_path: Path, dtype: torch.dtype) -> Non
     assert_the_least(by_tiles(program, tmp_path / "case", costs, 2048, [2100, 3900], threads=128), costs, 2048)
 
 
+def test_both_sides_know_how_many_may_be_kept() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "selection_nearest.cuh").read_text()
+    assert f"nearest_most = {selection.NEAREST};" in source
+
+
 @pytest.mark.parametrize("first", [2500, 2501])
 def test_a_row_may_be_shared(program: Path, tmp_path: Path, first: int) -> None:
     costs = draw(2, 4001).float().mul(20).round()

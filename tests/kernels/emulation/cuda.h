@@ -138,6 +138,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return votes;
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
