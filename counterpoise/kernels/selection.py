@@ -1,8 +1,9 @@
 """Selection: exact distances of pairs, farthest-first picks among a few points, gains over tiles of costs, least costs.
 
 All but the last in double precision. A distance is the same to the last bit in the first two, so that copies of a point
-tie whoever finds them; gains are summed in blocks of rows, in order: the same for every number of threads. Greedy loops
-are eager code: nothing here is differentiated or traced.
+tie whoever finds them; gains are summed in blocks of rows, in order: the same for every number of threads, and on a GPU
+too. There only :func:`follow` waits for the device. Greedy loops are eager code: nothing here is differentiated or
+traced.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ define("selection_nearest(Tensor costs, int start, bool first, Tensor(a!) near, 
 
 _ops = torch.ops.counterpoise
 
+FOLLOWED = 1 << 21  # coordinates of the leaders that one block of a GPU follows; of more, a kernel a step is faster
+NEAREST = 2048  # costs of a query that the shared memory of a GPU keeps: nearest_most of selection_nearest.cuh
+
 
 def takes(x: Tensor, operator: str) -> bool:
-    """Whether selection_<operator> takes points (n, d), or a tile. Only distances have a CUDA form."""
+    """Whether selection_<operator> takes points (n, d), or a tile. On a GPU few points are followed, by one block."""
+    if operator == "follow" and not x.is_cpu and x.numel() > FOLLOWED:
+        return False
     return x.dtype == torch.float64 and runs_on(x, f"selection_{operator}")
 
 
@@ -73,10 +79,14 @@ def add_taken(out: Tensor, tile: Tensor, rounding: float, before: Tensor, after:
 def nearest_of(costs: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """The ``count`` least of each row of a first tile (Q, >= count) of costs; None where there is no operator for it.
 
+    On a GPU that is where ``count`` is above 2048, which shared memory has no room for.
+
     Returns:
-        Costs and columns (Q, count), a heap in each row; ties to the lower column, NaN as infinity.
+        Costs and columns (Q, count), a heap in each row, on a GPU in order; ties to the lower column, NaN as infinity.
     """
     if costs.dtype not in (torch.float32, torch.float64) or not runs_on(costs, "selection_nearest"):
+        return None
+    if not costs.is_cpu and count > NEAREST:
         return None
     near, keys = costs.new_empty(len(costs), count), costs.new_empty(len(costs), count, dtype=torch.int64)
     _ops.selection_nearest(costs.contiguous(), 0, True, near, keys)

@@ -37,11 +37,6 @@ def block(work: Path) -> Path:
     return emulation.build("block", work)
 
 
-@pytest.fixture(scope="module")
-def selection(work: Path) -> Path:
-    return emulation.build("selection", work)
-
-
 # ---- what all kernels share ---------------------------------------------------------------------------------------
 
 
@@ -304,29 +299,6 @@ def test_a_label_out_of_range_stops_the_kernel(binary: Path, tmp_path: Path, lab
         emulated(binary, tmp_path / "case", LOSSES["focal"][0], z, t)
 
 
-# ---- selection ----------------------------------------------------------------------------------------------------
-
-
-def distances(program: Path, folder: Path, n: int, width: int) -> tuple[Tensor, Tensor]:
-    """Distances of ``n`` pairs by the kernel, and by the definition; every second pair is a copy of the one before."""
-    g = torch.Generator().manual_seed(width)
-    x = torch.randn(20, width, generator=g, dtype=torch.float64)
-    centres = torch.randn(7, width, generator=g, dtype=torch.float64)
-    x[1::2] = x[::2]
-    rows, which = torch.arange(n) % 20, torch.arange(n) // 20 % 7
-    arrays = {"x": x, "rows": rows, "centres": centres, "which": which}
-    out = emulation.run(program, folder, arrays, {"count": n, "width": width}, {"out": torch.float64})["out"]
-    return out, torch.linalg.vector_norm(x[rows] - centres[which], dim=1)
-
-
-@pytest.mark.parametrize(("n", "width"), [(0, 3), (1, 1), (9, 0), (140, 31), (33, 32), (140, 33), (17, 200)])
-def test_distances_of_pairs(selection: Path, tmp_path: Path, n: int, width: int) -> None:
-    found, wanted = distances(selection, tmp_path / "case", n, width)
-    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
-    pairs = found[: n // 2 * 2].reshape(-1, 2)
-    assert torch.equal(pairs[:, 0], pairs[:, 1]), "copies of a point are at one distance"
-
-
 # ---- under the sanitizers -----------------------------------------------------------------------------------------
 
 
@@ -341,12 +313,6 @@ def test_no_race_and_nothing_beside_an_array(work: Path, tmp_path: Path, sanitiz
             out = emulated(program, tmp_path / "case", loss, z, t, **options)
             if "mean" in options:
                 assert_close(out["total"], plain(function, settings, z, t)[0], z.dtype)
-
-
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_distances_under_the_sanitizers(work: Path, tmp_path: Path, sanitizer: str) -> None:
-    found, wanted = distances(emulation.build("selection", work, sanitizer), tmp_path / "case", 19, 40)
-    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(

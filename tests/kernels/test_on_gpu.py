@@ -11,6 +11,7 @@ from torch import Tensor
 
 from counterpoise import kernels
 from counterpoise.contrastive import ASCLLoss, CACRLoss, CLIPLoss, NTXentLoss, SigLIPLoss, SupConLoss
+from counterpoise.kernels import selection
 from counterpoise.losses import (
     asymmetric_loss,
     asymmetric_single_label_loss,
@@ -23,8 +24,9 @@ from counterpoise.losses import (
     softmax_focal_loss,
 )
 from counterpoise.memory import MemoryBank
+from counterpoise.neighbors import nearest_neighbors
 from counterpoise.ot import sinkhorn, unbalanced_sinkhorn
-from counterpoise.samplers import k_center_greedy
+from counterpoise.samplers import facility_location, k_center_greedy
 from tests.kernels.compare import assert_accurate, assert_exact, assert_within_two_ulp, value_and_grad
 
 pytestmark = pytest.mark.skipif(
@@ -192,12 +194,134 @@ def test_transport(shape):
         torch.testing.assert_close(fused.plan, plain.plan, rtol=1e-6, atol=1e-10)
 
 
-def test_k_center():
-    x = torch.randn(5000, 24, generator=torch.Generator().manual_seed(0)).cuda()
-    fused = k_center_greedy(x, 60, first=0)
+def draw(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+GRID = torch.cat([draw(2000, 5).mul(2).round(), -draw(2000, 5).mul(2).round()])  # of mean 0: distances are exact
+POINTS = {"normal": draw(5000, 24), "copies": draw(900, 24).repeat(3, 1), "grid": GRID}
+
+
+@pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k_center(points, dtype):
+    x = points.to("cuda", dtype)
+    assert selection.takes(x.double(), "follow")
+    fused = k_center_greedy(x, 300, first=0)
     with kernels.disabled():
-        plain = k_center_greedy(x, 60, first=0)
+        plain = k_center_greedy(x, 300, first=0)
+    for other in (plain, k_center_greedy(x.cpu(), 300, first=0)):
+        assert torch.equal(fused.indices.cpu(), other.indices.cpu())
+        torch.testing.assert_close(fused.gains.cpu(), other.gains.cpu(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(fused.assignment, plain.assignment)
+
+
+def test_k_center_among_more_leaders_than_one_block_follows():
+    x = draw(5000, 9000).float().cuda()
+    assert not selection.takes(x[:256].double(), "follow")
+    fused = k_center_greedy(x, 20, first=0)
+    with kernels.disabled():
+        plain = k_center_greedy(x, 20, first=0)
     assert torch.equal(fused.indices, plain.indices)
+
+
+def test_picks_are_followed_to_the_last_bit_of_the_distances():
+    points = POINTS["copies"].cuda()[:1000]
+    start, index = torch.linalg.vector_norm(points, dim=1), torch.arange(len(points), device="cuda")
+    left = start.clone()
+    picks, gaps = selection.follow(points, index, left, -1.0, 0, 40)
+    assert (len(picks), len(gaps)) == (40, 40)
+    for pick in picks:
+        start = torch.minimum(start, selection.distances(points, index, points, index.new_full(index.shape, pick)))
+        start[pick] = 0
+    assert torch.equal(left, start)
+
+
+@pytest.mark.parametrize("points", POINTS.values(), ids=POINTS)
+@pytest.mark.parametrize(
+    "select",
+    [
+        lambda x: facility_location(x, 120),
+        lambda x: facility_location(x.float(), 120),
+        lambda x: facility_location(x, 60, metric="cosine"),
+        lambda x: facility_location(x, 60, method="stochastic"),
+        lambda x: facility_location(similarity=(x @ x.T).abs(), budget=60),
+    ],
+    ids=["distance", "float32", "cosine", "stochastic", "dense"],
+)
+def test_facility_location(points, select):
+    x = points.cuda()
+    fused = select(x)
+    with kernels.disabled():
+        plain = select(x)
+    for other in (plain, select(x)):
+        assert torch.equal(fused.indices, other.indices)
+        assert torch.equal(fused.weights, other.weights)
+        torch.testing.assert_close(fused.gains, other.gains, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("rounding", [-1.0, 0.0, 0.3])
+@pytest.mark.parametrize("shape", [(1, 1), (65, 31), (512, 512), (3000, 77)], ids=str)
+def test_gains_are_the_sums_of_the_cpu(shape, rounding):
+    tile, before = draw(*shape), draw(1, shape[0], seed=1)[0].abs()
+    tile = tile if rounding < 0 else tile.square() - 0.01
+    for after in (None, before / 2):
+        found, wanted = torch.ones(shape[1], dtype=torch.float64).cuda(), torch.ones(shape[1], dtype=torch.float64)
+        arguments = tile.cuda(), before.cuda(), None if after is None else after.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            selection.add_taken(found, arguments[0], rounding, *arguments[1:])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        selection.add_taken(wanted, tile, rounding, before, after)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 18, 333, 2048])
+@pytest.mark.parametrize(("queries", "widths"), [(1, [150_000, 99_999]), (70, [40_000, 3, 5001])], ids=str)
+def test_the_least_costs(queries, widths, count, dtype):
+    costs = draw(queries, sum(widths)).to("cuda", dtype)
+    costs[0] = costs[0].mul(100).round()  # ties at every place
+    costs[-1, ::7] = torch.nan
+    first, *rest = costs.split(widths, dim=1)
+    first, rest, start = first.contiguous(), [tile.contiguous() for tile in rest], widths[0]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = selection.nearest_of(first, count)
+        for tile in rest:
+            selection.see_nearest(tile, start, *found)
+            start += tile.shape[1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    values, columns = costs.nan_to_num(nan=torch.inf, posinf=torch.inf).sort(dim=1, stable=True)
+    assert torch.equal(found[0], values[:, :count])
+    assert torch.equal(found[1], columns[:, :count])
+
+
+def test_more_than_are_kept_take_the_plain_form():
+    costs = draw(3, 5000).cuda()
+    assert selection.nearest_of(costs, 2048) is not None
+    assert selection.nearest_of(costs, 2049) is None
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner_product"])
+@pytest.mark.parametrize(("queries", "k"), [(1, 10), (70, 1), (600, 10), (70, 100), (20, 2500)])
+@pytest.mark.parametrize("kind", ["normal", "copies", "grid", "float64"])
+def test_neighbours(kind, queries, k, metric):
+    keys, x = draw(150_000, 8), draw(queries, 8, seed=1)
+    if kind == "copies":
+        keys = keys[:50_000].repeat(3, 1)
+    elif kind == "grid":
+        keys, x = keys.mul(4).round(), x.mul(4).round()
+    if kind != "float64":
+        keys, x = keys.float(), x.float()
+    keys, x = keys.cuda(), x.cuda()
+    fused = nearest_neighbors(x, keys, k, metric=metric)
+    with kernels.disabled():
+        plain = nearest_neighbors(x, keys, k, metric=metric)
+    assert torch.equal(fused[0], plain[0])
+    assert torch.equal(fused[1], plain[1])
 
 
 def test_second_derivatives():

@@ -56,10 +56,12 @@ struct Block {
   std::barrier<> together;
   std::vector<std::unique_ptr<Warp>> warps;
   unsigned char* shared;
+  std::atomic<int> votes[3] = {};  // in turn: while one is held, the next is cleared
 };
 
 inline Block* block;  // the one that runs
 inline thread_local int exchange;  // which set of places is next
+inline thread_local int vote;      // which vote is next
 
 [[noreturn]] inline void fail(const char* why, int status) {
   std::fprintf(stderr, "%s\n", why);
@@ -86,6 +88,15 @@ T shuffle(unsigned mask, T value, F source) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::block->together.arrive_and_wait(); }
+
+inline int __syncthreads_or(int predicate) {
+  const int now = emulation::vote;
+  emulation::vote = (now + 1) % 3;
+  if (predicate) emulation::block->votes[now] = 1;
+  emulation::block->votes[emulation::vote] = 0;  // all have read it: they came to the vote before this one
+  emulation::block->together.arrive_and_wait();
+  return emulation::block->votes[now];
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   if (mask != 0xffffffffu) emulation::fail("emulation: __syncwarp takes full warps only", 2);
@@ -127,6 +138,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return votes;
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
@@ -174,7 +186,7 @@ void launch(void (*kernel)(P...), const Launch& on, A... arguments) {
       threads.emplace_back([&, t] {
         threadIdx = {t};
         blockIdx = {b};
-        emulation::exchange = 0;
+        emulation::exchange = emulation::vote = 0;
         kernel(static_cast<P>(arguments)...);
         // A thread that is through is not waited for.
         emulation::warp().together.arrive_and_drop();
