@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +65,25 @@ def load() -> None:
                 _implemented.add((name, device))
 
 
+def cpu_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any] | None:
+    """A function of the host's library that is no operator, with its types of :mod:`ctypes`; None without kernels."""
+    if _why_not.get("cpu", "not loaded"):
+        return None
+    function = getattr(ctypes.CDLL(str(_path("cpu"))), name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+def seen_by_others(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a tracer or counter follows every operator, or a tensor is not what lies at its address."""
+    if torch._C._len_torch_dispatch_stack() or x.is_neg():
+        return True
+    for other in others:
+        if other is not None and (type(other) is not Tensor or other.is_neg()):
+            return True
+    return False
+
+
 define("gradient_like(Tensor x) -> Tensor")
 LIBRARY.impl("gradient_like", torch.empty_like, "Meta")  # register_fake takes fifty times as long at import
 _gradient_op = torch.ops.counterpoise.gradient_like.default
@@ -91,17 +111,15 @@ def empty_cache() -> None:
     Memory of a gradient of 262,144 entries or more is kept when the gradient goes, up to ``COUNTERPOISE_CACHE_MIB``
     (default 512, 0 = nothing) in all: fresh memory costs a page fault for every page, as much time as a loss takes.
     """
-    if not _why_not.get("cpu", "not loaded"):
-        ctypes.CDLL(str(_path("cpu"))).counterpoise_empty_cache()
+    function = cpu_function("counterpoise_empty_cache", None)
+    if function is not None:
+        function()
 
 
 def cpu_capability() -> str:
     """The instruction set that the CPU kernels use: "baseline", "avx2", "avx512", or "none" without kernels."""
-    if _why_not.get("cpu", "not loaded"):
-        return "none"
-    function = ctypes.CDLL(str(_path("cpu"))).counterpoise_cpu_capability
-    function.restype = ctypes.c_char_p
-    return function().decode()
+    function = cpu_function("counterpoise_cpu_capability", ctypes.c_char_p)
+    return "none" if function is None else function().decode()
 
 
 def available() -> dict[str, dict[str, bool | str]]:

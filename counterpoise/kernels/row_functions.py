@@ -1,14 +1,16 @@
 """What the two members of the row-wise family share: schemas, autograd functions, and the shapes that rows come in.
 
 A member is three operators on logits (N, C): ``<name>_total`` makes the reduced loss, ``<name>_each`` one loss for each
-entry, and ``<name>_backward`` the gradient, from the numbers that the other two keep of a row. On the CPU the gradient
-of a mean or sum is emitted with the loss, while a row is still in the cache; the backward pass then hands it over,
-scaled in place where the upstream gradient is not one. Second derivatives go through the plain reference.
+entry, and ``<name>_backward`` the gradient, from the numbers that the other two keep of a row. The gradient of a mean
+or sum is emitted with the loss, while a row is still in the cache or in shared memory; the backward pass then hands it
+over, scaled in place where the upstream gradient is not one. Second derivatives go through the plain reference.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from counterpoise.kernels._library import (
     LIBRARY,
+    cpu_function,
     define,
     differentiable,
     gradient_like,
     scalar_like,
+    seen_by_others,
     wants_plain,
 )
 
@@ -39,14 +43,21 @@ _INPUTS = (
 _STATE = 5  # numbers a row
 
 
-# Of the host alone, for what is asked for nearly always: arguments take most of the time of a small loss.
-define(
-    "rows_common(Tensor logits, Tensor target, Tensor? additive, Tensor? margin, int kind, float scale, float gamma, "
-    "int ignore_index, int normalizer, float number, Tensor(a!) value, Tensor(b!) grad) -> ()"
-)
-LIBRARY.impl("rows_common", lambda *_: None, "Meta")
-_common_op = torch.ops.counterpoise.rows_common.default
+@cache
+def _common() -> Callable[..., int]:
+    """The host's function for what is asked for nearly always; the dispatcher alone takes longer than a small loss."""
+    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+    types = (p, i, p, p, p, n, n, i, x, x, n, i, x, p, p)
+    return cpu_function("counterpoise_rows_common", i, *types) or (lambda *_: 1)
+
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # as csrc numbers them
 _COMMON_KINDS = (0, 1)  # cross-entropy and focal
+
+
+# On an accelerator alone.
+define("scale_gradient_(Tensor(a!) grad, Tensor upstream) -> ()")
+LIBRARY.impl("scale_gradient_", lambda *_: None, "Meta")
 
 
 class _Operators(NamedTuple):
@@ -151,18 +162,30 @@ def _run_backward(
 
 
 def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: Tensor, grad: Tensor) -> None:
-    """The loss with its gradient, on the host."""
+    """The loss with its gradient."""
     y, mask, multiplicative, additive, margin, class_weight, weight = inputs
-    if mask is multiplicative is class_weight is weight is None and member == "rows":
-        kind, scale, smoothing, gamma, _, _, ignore_index, normalizer, number = settings
-        if smoothing == 0 and kind in _COMMON_KINDS:
-            _common_op(z, y, additive, margin, kind, scale, gamma, ignore_index, normalizer, number, value, grad)
-            return
-    _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)
+    if mask is multiplicative is class_weight is weight is None and member == "rows" and z.is_cpu:
+        kind, scale, smoothing, gamma, _, _, ignore_index, divisor, number = settings
+        if smoothing == 0 and kind in _COMMON_KINDS and not seen_by_others(z, additive, margin):
+            vectors = (x if x is None else x.data_ptr() for x in (additive, margin))
+            sizes, formula = z.shape, (kind, scale, gamma, ignore_index, divisor, number)
+            places = value.data_ptr(), grad.data_ptr()
+            if not _common()(z.data_ptr(), _TYPES[z.dtype], y.data_ptr(), *vectors, *sizes, *formula, *places):
+                return
+    _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)  # says what is wrong, where something is
+
+
+def _times(grad: Tensor, upstream: Tensor) -> Tensor:
+    """A gradient times what comes from above, nearly always one; nothing waits for a device to say so."""
+    if not grad.is_cpu:
+        torch.ops.counterpoise.scale_gradient_(grad, upstream)
+        return grad
+    scale = upstream.item()
+    return grad if scale == 1 else grad.mul_(scale)
 
 
 class _Total(torch.autograd.Function):
-    """:func:`total`. On the host the first backward pass takes the gradient that came with the loss."""
+    """:func:`total`. The first backward pass takes the gradient that came with the loss."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call_: tuple[str, Inputs, list[float], Plain, Options]) -> Tensor:
@@ -171,7 +194,7 @@ class _Total(torch.autograd.Function):
         ctx.save_for_backward(logits)
         z = logits.contiguous()
         # A float16 gradient must not be rounded before it is multiplied by the scale that keeps it from vanishing.
-        if logits.is_cpu and logits.dtype != torch.float16:
+        if logits.dtype != torch.float16:
             value, ctx.kept, ctx.grad = scalar_like(z), None, gradient_like(z)
             _emit(member, z, inputs, settings, value, ctx.grad)
         else:
@@ -184,8 +207,7 @@ class _Total(torch.autograd.Function):
         again = wants_plain(upstream)
         if ctx.grad is not None and not again:
             grad, ctx.grad = ctx.grad, None
-            scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None
+            return _times(grad, upstream), None
         member, inputs, settings, plain, options = ctx.call
         (logits,) = ctx.saved_tensors
         if again:

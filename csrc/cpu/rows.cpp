@@ -190,33 +190,43 @@ void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double>
                      : total_and_state(p, w, divisor, *state, *factor));
 }
 
-// rows_total with a gradient, of what is asked for nearly always: an argument costs as much as a row of a small batch.
-void rows_common(const Tensor& logits, const Tensor& target, std::optional<Tensor> additive, std::optional<Tensor> margin,
-                 int64_t kind, double scale, double gamma, int64_t ignore_index, int64_t normalizer, double number,
-                 Tensor value, Tensor grad) {
-  RowProblem p = {};
-  p.logits = logits.const_data_ptr();
-  p.logits_type = type_of(logits);
-  p.target = static_cast<const int64_t*>(target.const_data_ptr());
-  p.additive = data_of(additive);
-  p.margin = data_of(margin);
-  p.rows = logits.size(0);
-  p.classes = logits.size(1);
-  p.ignore_index = ignore_index;
-  p.kind = static_cast<int>(kind);
-  p.scale = scale;
-  p.gamma_pos = gamma;
-  const double divisor = divisor_of(p, nullptr, static_cast<Divisor>(normalizer), number);
-  assign(value, total_and_gradient(p, nullptr, divisor, untouched(grad)));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(counterpoise, CPU, m) {
   m.impl("rows_backward", TORCH_BOX(&rows_backward));
-  m.impl("rows_common", TORCH_BOX(&rows_common));
   m.impl("rows_each", TORCH_BOX(&rows_each));
   m.impl("rows_total", TORCH_BOX(&rows_total));
 }
 
 }  // namespace counterpoise
+
+// rows_total with a gradient, of what is asked for nearly always, without the dispatcher: for a small batch that takes
+// longer than what is computed. Everything is as the operator has it. 0, or 1 where the operator would raise an error.
+extern "C" __attribute__((visibility("default"))) int counterpoise_rows_common(
+    const void* logits, int type, const int64_t* target, const void* additive, const void* margin, int64_t rows,
+    int64_t classes, int kind, double scale, double gamma, int64_t ignore_index, int normalizer, double number,
+    void* value, void* grad) try {
+  using namespace counterpoise;
+  RowProblem p = {};
+  p.logits = logits;
+  p.logits_type = static_cast<Type>(type);
+  p.target = target;
+  p.additive = additive;
+  p.margin = margin;
+  p.rows = rows;
+  p.classes = classes;
+  p.ignore_index = ignore_index;
+  p.kind = kind;
+  p.scale = scale;
+  p.gamma_pos = gamma;
+  const double divisor = divisor_of(p, nullptr, static_cast<Divisor>(normalizer), number);
+  const double total = total_and_gradient(p, nullptr, divisor, untouched(grad, rows * classes * logit_size(p)));
+  if (p.logits_type == Type::float64) {
+    *static_cast<double*>(value) = total;
+  } else {
+    *static_cast<float*>(value) = static_cast<float>(total);
+  }
+  return 0;
+} catch (...) {
+  return 1;
+}

@@ -28,12 +28,15 @@ constexpr int64_t row_state = 5;         // numbers a row that the backward pass
 
 constexpr int64_t row_kept = 1 << 20;    // classes of the longest row whose exponentials are kept
 
+inline int64_t logit_size(const RowProblem& p) {
+  const bool half = p.logits_type == Type::bfloat16 || p.logits_type == Type::float16;
+  return half ? 2 : (p.logits_type == Type::float64 ? 8 : 4);
+}
+
 // Whether the gradient goes past the caches: it is too large to be found in them, and a line would be read before it is
 // written. Exponentials are then kept beside it, in what the second cache holds.
 inline bool row_streams(const RowProblem& p) {
-  const bool half = p.logits_type == Type::bfloat16 || p.logits_type == Type::float16;
-  const int64_t size = half ? 2 : (p.logits_type == Type::float64 ? 8 : 4);
-  return p.classes <= (1 << 16) && p.rows * p.classes * size >= (int64_t(1) << 25);
+  return p.classes <= (1 << 16) && p.rows * p.classes * logit_size(p) >= (int64_t(1) << 25);
 }
 
 // Sums over a piece of a row; `top` is the largest logit in it or the target's, whichever is larger.

@@ -43,15 +43,18 @@ inline Tensor empty_as(const Tensor& x, std::initializer_list<int64_t> shape, Sc
 
 // Before a gradient is first written: a large one is fresh memory from the system, and in huge pages its first touch
 // costs a hundredth of the page faults, which would take longer than what is computed. Advice only, and only inside it.
-inline void* untouched(Tensor& grad) {
-  void* data = grad.mutable_data_ptr();
+inline void* untouched(void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = uintptr_t(1) << 21;
   const auto begin = reinterpret_cast<uintptr_t>(data);
-  const auto end = (begin + grad.numel() * grad.element_size()) / page * page, first = (begin + page - 1) / page * page;
+  const auto end = (begin + bytes) / page * page, first = (begin + page - 1) / page * page;
   if (end > first + page) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   return data;
+}
+
+inline void* untouched(Tensor& grad) {
+  return untouched(grad.mutable_data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
 }
 
 inline const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }

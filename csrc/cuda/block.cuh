@@ -44,6 +44,8 @@ struct Launch {
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Launch& on, A... arguments) {
+  constexpr int granted = 48 << 10;  // more has to be asked for
+  if (on.shared > granted) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared);
   kernel<<<static_cast<unsigned>(on.blocks), on.threads, on.shared, static_cast<cudaStream_t>(on.stream)>>>(
       static_cast<P>(arguments)...);
 }
@@ -149,6 +151,28 @@ CP_DEVICE void store_pack(const T (&from)[N], S* to) {
   for (int k = 0; k < N; ++k) pack.at[k] = Narrow<S>::from(from[k]);
   *reinterpret_cast<Pack<S, N>*>(to) = pack;
 }
+
+// ---- products that are rounded by themselves --------------------------------------------------------------------
+//
+// Compilers fuse a product with a sum behind it in one place and not in another; a number that is made again must be
+// the same to the last bit.
+
+CP_DEVICE float multiply(float a, float b) {
+#if CP_ON_DEVICE
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+CP_DEVICE double multiply(double a, double b) {
+#if CP_ON_DEVICE
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+CP_DEVICE float multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+CP_DEVICE double multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 
 // ---- who am I, over a grid of one dimension ---------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 // Operators of the row-wise family on a GPU; the schemas stand in counterpoise/kernels/rows.py.
-#include "rows.cuh"
+#include "kept_rows.cuh"
 
 #include "../cpu/rows_problem.h"
 #include "device.h"
@@ -38,27 +38,56 @@ void rows_backward(CP_ROW_INPUTS, std::vector<double> settings, const Tensor& st
   });
 }
 
-// The total, the states of the rows, and the factor of each in the total; the gradient too, where it is asked for.
-// Nothing waits for the device.
+// Whether a row fits into the shared memory of this device.
+bool keeps(const RowProblem& p, const Tensor& logits) {
+  int64_t bytes = 0;
+  int most = 0;
+  cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_bytes<Stored<decltype(s)>>(p.classes); });
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, logits.get_device_index());
+  constexpr int others = 2 << 10;  // of the kernel itself
+  return bytes <= most - others;
+}
+
+// The total, and either its gradient or the rows' states and the factor of each in the total. Nothing waits for the
+// device.
 void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double> settings, Tensor value,
                 std::optional<Tensor> state, std::optional<Tensor> factor, std::optional<Tensor> grad) {
   const OnDevice device(logits);
   const RowProblem p = CP_ROW_PROBLEM;
   const ScalarType type = computed_type(logits);
+  const int divisor = static_cast<int>(settings[Normalizer]);
   Tensor losses = empty_as(logits, {p.rows}, type);
+  Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
+  if (grad && keeps(p, logits)) {
+    with_logits_type(p, [&](auto* s) {
+      cuda::kept_rows_on<Stored<decltype(s)>>(p, data_of(weight), divisor, settings[Number],
+                                              partials.mutable_data_ptr(), losses.mutable_data_ptr(),
+                                              value.mutable_data_ptr(), grad->mutable_data_ptr(), device.stream());
+    });
+    return;
+  }
   Tensor states = state ? *state : empty_as(logits, {p.rows, row_state}, type);
   Tensor factors = factor ? *factor : empty_as(logits, {p.rows}, type);
   forward(p, losses, states, device.stream());
-  Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   with_logits_type(p, [&](auto* s) {
     using S = Stored<decltype(s)>;
-    cuda::rows_total_on<S>(p, losses.const_data_ptr(), data_of(weight), static_cast<int>(settings[Normalizer]),
-                           settings[Number], partials.mutable_data_ptr(), value.mutable_data_ptr(),
-                           factors.mutable_data_ptr(), device.stream());
+    cuda::rows_total_on<S>(p, losses.mutable_data_ptr(), data_of(weight), divisor, settings[Number],
+                           partials.mutable_data_ptr(), value.mutable_data_ptr(), factors.mutable_data_ptr(),
+                           device.stream());
     if (grad)
       cuda::rows_gradient_on<S>(p, states.const_data_ptr(), factors.const_data_ptr(), grad->mutable_data_ptr(),
                                 device.stream());
   });
+}
+
+// A gradient that came with its total, times what comes from above: nothing is read or written where that is one.
+void scale_gradient(Tensor grad, const Tensor& upstream) {
+  const OnDevice device(grad);
+  cuda::with_float_type(type_of(grad), [&](auto* s) {
+    cuda::scale_gradient_on<Stored<decltype(s)>>(grad.mutable_data_ptr(), grad.numel(), upstream.const_data_ptr(),
+                                                 device.stream());
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 }  // namespace
@@ -67,6 +96,7 @@ STABLE_TORCH_LIBRARY_IMPL(counterpoise, CUDA, m) {
   m.impl("rows_backward", TORCH_BOX(&rows_backward));
   m.impl("rows_each", TORCH_BOX(&rows_each));
   m.impl("rows_total", TORCH_BOX(&rows_total));
+  m.impl("scale_gradient_", TORCH_BOX(&scale_gradient));
 }
 
 }  // namespace counterpoise

@@ -1,7 +1,7 @@
-// Row-wise family: a row belongs to a warp or, where it is long, to a block. The forward pass reads it once (twice for
-// the asymmetric form), keeping sums relative to the largest logit so far, and leaves five numbers a row from which the
-// backward pass makes the gradient in one more pass. Sums are added in an order that the shape alone decides, and what
-// the mean divides by is found on the device: nothing waits for the host.
+// Row-wise family: a row belongs to some lanes of a warp or, where it is long, to a block. The forward pass reads it
+// once (twice for the asymmetric form), keeping sums relative to the largest logit so far, and leaves five numbers a row
+// from which the backward pass makes the gradient in one more pass; kept_rows.cuh makes both at once. Sums are added in
+// an order that the shape alone decides, and what the mean divides by is found on the device: nothing waits for the host.
 #pragma once
 
 #include "../cpu/rows.h"
@@ -11,7 +11,7 @@
 namespace counterpoise::cuda {
 
 constexpr int row_threads = 256;
-constexpr int64_t row_of_warp = 1024;      // classes up to which a row is a warp's
+constexpr int64_t row_of_warp = 1024;      // classes up to which a row is a warp's, or less
 constexpr int64_t row_slice = 1 << 13;     // classes of a row that one group writes the gradient of
 constexpr int64_t row_most_blocks = 1 << 16;
 constexpr int64_t row_partials = 1024;     // blocks that share a sum over rows, at most
@@ -26,7 +26,7 @@ struct RowInput {
   int64_t rows, classes, ignore_index;
   T scale;
   bool packs;  // whether every row may be read and written in packs
-  int lanes;   // threads that share a row: a warp or the block
+  int lanes;   // threads that share a row: a power of two in a warp, or the block
   math::RowParameters<T> c;
 
   CP_DEVICE bool counts(int64_t row) const { return target[row] != ignore_index && (mask == nullptr || mask[row] != 0); }
@@ -34,10 +34,11 @@ struct RowInput {
   CP_DEVICE T factor(int64_t j) const { return multiplicative == nullptr ? T(1) : multiplicative[j]; }
   CP_DEVICE T weight(int64_t j) const { return class_weight == nullptr ? T(1) : class_weight[j]; }
   CP_DEVICE T adjusted(T z, int64_t j) const {
-    return (z * factor(j) + (additive == nullptr ? T(0) : additive[j])) * scale;
+    return multiply(multiply_add(z, factor(j), additive == nullptr ? T(0) : additive[j]), scale);
   }
   CP_DEVICE T at_target(int64_t row) const {
     const int64_t y = target[row];
+    if (y < 0 || y >= classes) stop("target holds a class index outside [0, C - 1]");
     const T u = adjusted(widen(logits[row * classes + y]), y);
     return margin == nullptr ? u : u - margin[y] * scale;
   }
@@ -80,18 +81,20 @@ struct MergeRows {
   }
 };
 
-// A thread's place among those that share a row.
+// A thread's place among those that share a row. Rows [base, base + groups of the block) are taken together, so that
+// all threads of a warp meet where they exchange.
 struct RowGroup {
-  int64_t first, stride;  // which rows
-  int rank, lanes;
+  int64_t base, stride;
+  int index, rank, lanes;
 
   explicit CP_DEVICE RowGroup(int lanes)
-      : first(static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes),
-        stride(static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes)), rank(threadIdx.x % lanes), lanes(lanes) {}
+      : base(static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes)),
+        stride(static_cast<int64_t>(gridDim.x) * (blockDim.x / lanes)), index(threadIdx.x / lanes),
+        rank(threadIdx.x % lanes), lanes(lanes) {}
 
   template <class Combine, class R>
   CP_DEVICE R reduce(R x, Combine combine, R* scratch) const {
-    if (lanes == warp_size) return warp_reduce(x, combine);
+    if (lanes <= warp_size) return warp_reduce(x, combine, lanes);
     // MergeRows::none is a template of its result, block_reduce's of what it is given: the same.
     x = warp_reduce(x, combine);
     if (lane() == 0) scratch[warp()] = x;
@@ -140,8 +143,10 @@ CP_DEVICE RowShare<computed_t<S>> share_of(const RowInput<S>& p, const RowGroup&
 #pragma unroll
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
     mine = merge.raised(mine, top);
+    T sum = 0;
 #pragma unroll
-    for (int k = 0; k < width; ++k) mine.sum += u[k] == -math::infinity<T> ? T(0) : math::exp(u[k] - top);
+    for (int k = 0; k < width; ++k) sum += u[k] == -math::infinity<T> ? T(0) : math::exp(u[k] - top);
+    mine.sum += sum;
     if (p.c.smoothing == 0) return;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
@@ -155,22 +160,48 @@ CP_DEVICE RowShare<computed_t<S>> share_of(const RowInput<S>& p, const RowGroup&
   return mine;
 }
 
+// Adds the values and slopes of some of the other classes.
+template <class S, int N>
+CP_DEVICE void add_off(const RowInput<S>& p, const computed_t<S> (&u)[N], computed_t<S> shift, Two<computed_t<S>>& to) {
+  using T = computed_t<S>;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if (!(u[k] > -math::infinity<T>)) continue;
+    T value, slope;
+    math::fading_other(u[k] - shift, p.c.gamma_neg.value, p.c.detach, value, slope);
+    to.first += value;
+    to.second += slope;
+  }
+}
+
 template <class S>
 CP_DEVICE Two<computed_t<S>> off_of(const RowInput<S>& p, const RowGroup& who, int64_t row, computed_t<S> shift) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   Two<T> mine{0, 0};
-  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t, int) {
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      if (!(u[k] > -math::infinity<T>)) continue;
-      T value, slope;
-      math::fading_other(u[k] - shift, p.c.gamma_neg.value, p.c.detach, value, slope);
-      mine.first += value;
-      mine.second += slope;
-    }
-  });
+  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t, int) { add_off(p, u, shift, mine); });
   return mine;
+}
+
+template <class S>
+CP_DEVICE math::RowSums<computed_t<S>> sums_of(const RowInput<S>& p, int64_t row, bool counts, computed_t<S> target,
+                                               computed_t<S> top, const RowShare<computed_t<S>>& all) {
+  using T = computed_t<S>;
+  return {top, all.sum, target - top, counts ? p.weight(p.target[row]) : T(0), all.live, all.weight, all.gap, 0, 0};
+}
+
+template <class T>
+CP_DEVICE math::RowSlopes<T> scaled(const math::RowSlopes<T>& s, T by) {
+  return {s.loss, s.top, s.log_total, s.exponent * by, s.label * by, s.target * by};
+}
+
+// What a thread has of a row's gradient.
+template <class S, int N>
+CP_DEVICE void write_classes(const RowInput<S>& p, const computed_t<S> (&g)[N], S* out, int64_t j, int step, int64_t to) {
+  if (p.packs) return store_pack(g, out + j);
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
 }
 
 template <class T>
@@ -191,25 +222,25 @@ __global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, compu
   __shared__ Two<T> off_scratch[warp_size];
   const RowGroup who(p.lanes);
   const MergeRows merge{p.c.kind == math::RowKind::cross_entropy};
-  for (int64_t row = who.first; row < p.rows; row += who.stride) {
-    if (!p.counts(row)) {
-      if (who.rank == 0) write_slopes(math::RowSlopes<T>{}, row, losses, state);
-      continue;
-    }
-    const int64_t y = p.target[row];
-    if (y < 0 || y >= p.classes) stop("target holds a class index outside [0, C - 1]");
-    RowShare<T> all = who.reduce(share_of(p, who, row, merge), merge, share_scratch);
-    const T target = p.at_target(row);
-    const T top = target > all.top ? target : all.top;
+  for (int64_t base = who.base; base < p.rows; base += who.stride) {
+    const int64_t row = base + who.index;
+    const bool counts = row < p.rows && p.counts(row);
+    RowShare<T> all = MergeRows::none<RowShare<T>>();
+    if (counts) all = share_of(p, who, row, merge);
+    all = who.reduce(all, merge, share_scratch);
+    const T target = counts ? p.at_target(row) : T(0), top = target > all.top ? target : all.top;
     all = merge.raised(all, top);
-    math::RowSums<T> s{top, all.sum, target - top, p.weight(y), all.live, all.weight, all.gap, 0, 0};
+    math::RowSums<T> s = sums_of(p, row, counts, target, top, all);
     if (p.has_off()) {
       const T shift = top + math::row_terms(s, p.c.smoothing).log_total;
-      const Two<T> off = who.reduce(off_of(p, who, row, shift), Add(), off_scratch);
+      Two<T> off{0, 0};
+      if (counts) off = off_of(p, who, row, shift);
+      off = who.reduce(off, Add(), off_scratch);
       s.off_value = off.first;
       s.off_slope = off.second;
     }
-    if (who.rank == 0) write_slopes(math::row_slopes(s, p.c), row, losses, state);
+    if (who.rank != 0 || row >= p.rows) continue;
+    write_slopes(counts ? math::row_slopes(s, p.c) : math::RowSlopes<T>{}, row, losses, state);
   }
 }
 
@@ -236,12 +267,12 @@ __global__ void __launch_bounds__(row_threads, 2)
   using T = computed_t<S>;
   const RowGroup who(p.lanes);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
-  for (int64_t item = who.first; item < p.rows * slices; item += who.stride) {
+  for (int64_t item = who.base + who.index; item < p.rows * slices; item += who.stride) {
     const int64_t row = item / slices, from = item % slices * row_slice;
     const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
     const bool counts = p.counts(row);
-    const T *its = state + row * row_state, by = by_row[row] * p.scale;
-    const math::RowSlopes<T> s{0, its[0], its[1], its[2] * by, its[3] * by, its[4] * by};
+    const T* its = state + row * row_state;
+    const auto s = scaled(math::RowSlopes<T>{0, its[0], its[1], its[2], its[3], its[4]}, by_row[row] * p.scale);
     const int64_t y = p.target[row];
     for_classes(p, who, row, from, to, [&](const T(&u)[width], int64_t j, int step) {
       T g[width];
@@ -250,11 +281,7 @@ __global__ void __launch_bounds__(row_threads, 2)
         const int64_t at = j + k * step;
         g[k] = !counts || at >= to ? T(0) : (at == y ? s.target * p.factor(y) : slope_at(p, u[k], at, s));
       }
-      S* out = grad + row * p.classes;
-      if (p.packs) return store_pack(g, out + j);
-#pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
+      write_classes(p, g, grad + row * p.classes, j, step, to);
     });
   }
 }
@@ -265,13 +292,35 @@ enum class RowDivisor : int { number, count, weight, foreground };
 
 template <class T>
 struct RowTotal {
-  const T *losses, *weight;  // weight: (rows), null = ones
+  T* losses;        // (rows); null = only the divisor is wanted
+  const T* weight;  // (rows), null = ones
   RowDivisor kind;
   double number;
   Two<double>* partials;
   T *total, *factor;
   double* divisor;
 };
+
+template <class T>
+CP_DEVICE void write_total(const Two<double>& all, const RowTotal<T>& out) {
+  double divisor = out.number;
+  if (out.kind == RowDivisor::weight) divisor = all.second != 0 ? all.second : 1.0;
+  if (out.kind == RowDivisor::count || out.kind == RowDivisor::foreground) divisor = all.second > 1 ? all.second : 1.0;
+  *out.total = static_cast<T>(all.first / divisor);
+  *out.divisor = divisor;
+}
+
+// The block's share of the total and of what it is divided by; the only block concludes at once.
+template <class T>
+CP_DEVICE void give_share(const Two<double>& mine, const RowTotal<T>& out, Two<double>* scratch) {
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    write_total(all, out);
+  } else {
+    out.partials[blockIdx.x] = all;
+  }
+}
 
 template <class S>
 __global__ void __launch_bounds__(row_threads) rows_share_total(RowInput<S> p, RowTotal<computed_t<S>> out) {
@@ -281,13 +330,13 @@ __global__ void __launch_bounds__(row_threads) rows_share_total(RowInput<S> p, R
     if (!p.counts(i)) continue;
     const int64_t y = p.target[i];
     const double w = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[i]);
-    mine.first += w * static_cast<double>(out.losses[i]);
+    if (out.losses != nullptr) mine.first += w * static_cast<double>(out.losses[i]);
+    if (y < 0 || y >= p.classes) continue;  // what the row's own pass stops at
     mine.second += out.kind == RowDivisor::weight       ? w * static_cast<double>(p.weight(y))
                    : out.kind == RowDivisor::foreground ? (y > 0 ? 1.0 : 0.0)
                                                         : 1.0;
   }
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x == 0) out.partials[blockIdx.x] = all;
+  give_share(mine, out, scratch);
 }
 
 template <class T>
@@ -296,12 +345,7 @@ __global__ void __launch_bounds__(row_threads) rows_conclude(RowTotal<T> out, in
   Two<double> mine{0, 0};
   for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
   const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x != 0) return;
-  double divisor = out.number;
-  if (out.kind == RowDivisor::weight) divisor = all.second != 0 ? all.second : 1.0;
-  if (out.kind == RowDivisor::count || out.kind == RowDivisor::foreground) divisor = all.second > 1 ? all.second : 1.0;
-  *out.total = static_cast<T>(all.first / divisor);
-  *out.divisor = divisor;
+  if (threadIdx.x == 0) write_total(all, out);
 }
 
 template <class T>
@@ -312,6 +356,17 @@ __global__ void __launch_bounds__(row_threads) rows_factor(RowTotal<T> out, int6
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
+
+// Threads that share a row.
+template <class S>
+int row_lanes(int64_t classes) {
+  if (classes > row_of_warp) return row_threads;
+  int lanes = 1;
+  while (lanes < warp_size && lanes * row_width<S> < classes) lanes *= 2;
+  return lanes;
+}
+
+inline int row_block(int lanes) { return lanes > row_threads ? lanes : row_threads; }
 
 template <class S>
 RowInput<S> row_input(const RowProblem& p, const void* grad) {
@@ -330,14 +385,15 @@ RowInput<S> row_input(const RowProblem& p, const void* grad) {
           p.ignore_index,
           static_cast<T>(p.scale),
           packs,
-          p.classes <= row_of_warp ? warp_size : row_threads,
+          row_lanes<S>(p.classes),
           {static_cast<math::RowKind>(p.kind), math::exponent<T>(p.gamma_pos), math::exponent<T>(p.gamma_neg),
            static_cast<T>(p.smoothing), p.detach}};
 }
 
 inline Launch row_launch(int64_t groups, int lanes, int64_t most, void* stream) {
-  const int64_t blocks = (groups * lanes + row_threads - 1) / row_threads;
-  return {blocks < 1 ? 1 : (blocks < most ? blocks : most), row_threads, stream};
+  const int threads = row_block(lanes);
+  const int64_t blocks = (groups * lanes + threads - 1) / threads;
+  return {blocks < 1 ? 1 : (blocks < most ? blocks : most), threads, stream};
 }
 
 template <class S>
@@ -358,19 +414,29 @@ void rows_gradient_on(const RowProblem& p, const void* state, const void* by_row
 }
 
 // `partials` holds 2 * row_partials + 1 doubles.
-template <class S>
-void rows_total_on(const RowProblem& p, const void* losses, const void* weight, int kind, double number, void* partials,
-                   void* total, void* factor, void* stream) {
-  using T = computed_t<S>;
+template <class T>
+RowTotal<T> row_total(void* losses, const void* weight, int kind, double number, void* partials, void* total,
+                      void* factor) {
   auto* sums = static_cast<Two<double>*>(partials);
-  const RowTotal<T> out{static_cast<const T*>(losses), static_cast<const T*>(weight),
-                        static_cast<RowDivisor>(kind), number,
-                        sums,                          static_cast<T*>(total),
-                        static_cast<T*>(factor),       reinterpret_cast<double*>(sums + row_partials)};
+  return {static_cast<T*>(losses),       static_cast<const T*>(weight), static_cast<RowDivisor>(kind), number, sums,
+          static_cast<T*>(total), static_cast<T*>(factor),       reinterpret_cast<double*>(sums + row_partials)};
+}
+
+// The total and the divisor.
+template <class S>
+void add_up_rows(const RowInput<S>& p, const RowTotal<computed_t<S>>& out, void* stream) {
   const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
-  launch(rows_share_total<S>, over_rows, row_input<S>(p, nullptr), out);
-  launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
-  launch(rows_factor<T>, over_rows, out, p.rows);
+  launch(rows_share_total<S>, over_rows, p, out);
+  if (over_rows.blocks == 1) return;
+  launch(rows_conclude<computed_t<S>>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
+}
+
+template <class S>
+void rows_total_on(const RowProblem& p, void* losses, const void* weight, int kind, double number, void* partials,
+                   void* total, void* factor, void* stream) {
+  const auto out = row_total<computed_t<S>>(losses, weight, kind, number, partials, total, factor);
+  add_up_rows(row_input<S>(p, nullptr), out, stream);
+  launch(rows_factor<computed_t<S>>, row_launch(p.rows, 1, row_partials, stream), out, p.rows);
 }
 
 }  // namespace counterpoise::cuda

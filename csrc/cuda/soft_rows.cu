@@ -52,7 +52,7 @@ void soft_rows_total(CP_SOFT_ROW_INPUTS, std::optional<Tensor> weight, std::vect
   forward(p, losses, states, device.stream());
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   const auto add_up = type == ScalarType::Double ? cuda::soft_rows_total_on<double> : cuda::soft_rows_total_on<float>;
-  add_up(p, losses.const_data_ptr(), data_of(weight), static_cast<int>(settings[SoftNormalizer]), settings[SoftNumber],
+  add_up(p, losses.mutable_data_ptr(), data_of(weight), static_cast<int>(settings[SoftNormalizer]), settings[SoftNumber],
          partials.mutable_data_ptr(), value.mutable_data_ptr(), factors.mutable_data_ptr(), device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (grad) gradient(p, states, factors, *grad, device.stream());

@@ -21,15 +21,15 @@ struct SoftRowInput {
   T scale, smoothing, target_scale;
   bool divergence;
   bool packs;  // whether every row may be read and written in packs
-  int lanes;   // threads that share a row: a warp or the block
+  int lanes;   // threads that share a row: a power of two in a warp, or the block
 
   CP_DEVICE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
   CP_DEVICE T factor(int64_t j) const { return multiplicative == nullptr ? T(1) : multiplicative[j]; }
   CP_DEVICE T weight(int64_t j) const { return class_weight == nullptr ? T(1) : class_weight[j]; }
   CP_DEVICE T adjusted(T z, T t, int64_t j) const {
-    T u = z * factor(j) + (additive == nullptr ? T(0) : additive[j]);
-    if (margin != nullptr) u -= margin[j] * t;
-    return u * scale;
+    T u = multiply_add(z, factor(j), additive == nullptr ? T(0) : additive[j]);
+    if (margin != nullptr) u = multiply_add(-margin[j], t, u);
+    return multiply(u, scale);
   }
 };
 
@@ -78,12 +78,12 @@ struct MergeSoftRows {
 
 template <class S, class Y>
 CP_DEVICE math::TargetSoftmax<computed_t<S>> target_softmax(const SoftRowInput<S, Y>& p, const RowGroup& who,
-                                                            int64_t row, LogSum<computed_t<S>>* scratch) {
+                                                            int64_t row, bool counts, LogSum<computed_t<S>>* scratch) {
   using T = computed_t<S>;
   if (p.target_scale == 0) return {0, 1};
   LogSum<T> mine = Merge::none<LogSum<T>>();
 #pragma unroll 4  // so that several loads are under way before the first is used
-  for (int64_t j = who.rank; j < p.classes; j += who.lanes)
+  for (int64_t j = counts ? who.rank : p.classes; j < p.classes; j += who.lanes)
     mine = Merge()(mine, LogSum<T>{static_cast<T>(widen(p.target[row * p.classes + j])) * p.target_scale, 1});
   const LogSum<T> all = who.reduce(mine, Merge(), scratch);
   return {all.largest, 1 / all.sum};
@@ -138,19 +138,27 @@ CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p,
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
     mine = MergeSoftRows().raised(mine, top);
     const T base = top > -math::infinity<T> ? top : T(0);  // inf - inf would be NaN
+    SoftRowShare<T> pack{};  // a sum of few sums rounds less
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const T below = u[k] - base;
       const bool live = p.smoothing != 0 && u[k] > -math::infinity<T>;
-      mine.total += math::exp(below);
+      pack.total += math::exp(below);
       bad = bad || (p.target_scale == 0 && !(t[k] >= 0 && t[k] <= 1));
       const T w = t[k] != 0 || live ? p.weight(j + k * step) : T(0), a = w * t[k];
-      mine.mass += a;
-      mine.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
-      mine.live += live ? T(1) : T(0);
-      mine.live_weight += live ? w : T(0);
-      mine.gap += live ? w * below : T(0);
+      pack.mass += a;
+      pack.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
+      pack.live += live ? T(1) : T(0);
+      pack.live_weight += live ? w : T(0);
+      pack.gap += live ? w * below : T(0);
     }
+    mine = {top,
+            mine.total + pack.total,
+            mine.mass + pack.mass,
+            mine.dot + pack.dot,
+            mine.live + pack.live,
+            mine.live_weight + pack.live_weight,
+            mine.gap + pack.gap};
   });
   if (bad) stop("target holds a value outside [0, 1]");
   return mine;
@@ -175,15 +183,18 @@ __global__ void __launch_bounds__(row_threads, 2)
   __shared__ SoftRowShare<T> scratch[warp_size];
   __shared__ LogSum<T> target_scratch[warp_size];
   const RowGroup who(p.lanes);
-  for (int64_t row = who.first; row < p.rows; row += who.stride) {
-    if (!p.counts(row)) {
-      if (who.rank == 0) write_soft_slopes(math::SoftRowSlopes<T>{}, {}, row, losses, state);
-      continue;
-    }
-    const math::TargetSoftmax<T> of_target = target_softmax(p, who, row, target_scratch);
-    const SoftRowShare<T> s = who.reduce(soft_share_of(p, who, row, of_target), MergeSoftRows(), scratch);
+  for (int64_t base = who.base; base < p.rows; base += who.stride) {
+    const int64_t row = base + who.index;
+    const bool counts = row < p.rows && p.counts(row);
+    math::TargetSoftmax<T> of_target = target_softmax(p, who, row, counts, target_scratch);
+    SoftRowShare<T> s = MergeSoftRows::none<SoftRowShare<T>>();
+    if (counts) s = soft_share_of(p, who, row, of_target);
+    s = who.reduce(s, MergeSoftRows(), scratch);
+    if (who.rank != 0 || row >= p.rows) continue;
     const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
-    if (who.rank == 0) write_soft_slopes(math::soft_row_slopes(sums, p.smoothing), of_target, row, losses, state);
+    if (!counts) of_target = {};
+    write_soft_slopes(counts ? math::soft_row_slopes(sums, p.smoothing) : math::SoftRowSlopes<T>{}, of_target, row,
+                      losses, state);
   }
 }
 
@@ -194,7 +205,7 @@ __global__ void __launch_bounds__(row_threads, 2)
   using T = computed_t<S>;
   const RowGroup who(p.lanes);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
-  for (int64_t item = who.first; item < p.rows * slices; item += who.stride) {
+  for (int64_t item = who.base + who.index; item < p.rows * slices; item += who.stride) {
     const int64_t row = item / slices, from = item % slices * row_slice;
     const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
     const bool counts = p.counts(row);
@@ -229,8 +240,7 @@ __global__ void __launch_bounds__(row_threads)
     mine.first += w * static_cast<double>(out.losses[i]);
     mine.second += out.kind == RowDivisor::weight ? w : 1.0;
   }
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x == 0) out.partials[blockIdx.x] = all;
+  give_share(mine, out, scratch);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
@@ -267,7 +277,7 @@ SoftRowInput<S, Y> soft_row_input(const SoftRowProblem& p, const void* grad) {
           static_cast<T>(p.target_scale),
           p.divergence,
           packs,
-          p.classes <= row_of_warp ? warp_size : row_threads};
+          row_lanes<S>(p.classes)};
 }
 
 template <class S, class Y>
@@ -287,18 +297,14 @@ void soft_rows_gradient_on(const SoftRowProblem& p, const void* state, const voi
          static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
 }
 
-// `partials` holds 2 * row_partials + 1 doubles; T is what is computed in.
+// T is what is computed in.
 template <class T>
-void soft_rows_total_on(const SoftRowProblem& p, const void* losses, const void* weight, int kind, double number,
+void soft_rows_total_on(const SoftRowProblem& p, void* losses, const void* weight, int kind, double number,
                         void* partials, void* total, void* factor, void* stream) {
-  auto* sums = static_cast<Two<double>*>(partials);
-  const RowTotal<T> out{static_cast<const T*>(losses), static_cast<const T*>(weight),
-                        static_cast<RowDivisor>(kind), number,
-                        sums,                          static_cast<T*>(total),
-                        static_cast<T*>(factor),       reinterpret_cast<double*>(sums + row_partials)};
+  const auto out = row_total<T>(losses, weight, kind, number, partials, total, factor);
   const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
   launch(soft_rows_share_total<T>, over_rows, p.mask, p.rows, out);
-  launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
+  if (over_rows.blocks > 1) launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
   launch(rows_factor<T>, over_rows, out, p.rows);
 }
 

@@ -288,7 +288,6 @@ def test_operators_keep_their_schemas() -> None:
         torch.library.opcheck(ops.rows_backward, (*inputs, settings, state, losses, grad))
         torch.library.opcheck(ops.rows_total, (*inputs, weight, settings, value, state, losses.clone(), None))
         torch.library.opcheck(ops.rows_total, (*inputs, None, settings, value, None, None, grad))
-    torch.library.opcheck(ops.rows_common, (logits, target, vector, None, 0, 2.0, 0.0, -100, 1, 0.0, value, grad))
 
 
 def test_class_vectors_follow_the_prior() -> None:
