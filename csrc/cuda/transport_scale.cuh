@@ -134,14 +134,92 @@ __global__ void __launch_bounds__(transport_problem_threads, 1) transport_shift_
   for (int64_t problem = blockIdx.x; problem < p.shape.problems; problem += gridDim.x) block_shift(p, problem, scratch);
 }
 
+// ---- a block for each problem -----------------------------------------------------------------------------------
+//
+// What one thread writes others read behind a barrier, in global memory that the block's own cache holds.
+
+// r of all rows, each by `lanes` neighbours, and u.
+template <class T>
+CP_DEVICE void rows_by_block(const Scalings<T>& p, int64_t problem, int lanes, bool potentials,
+                             SideScratch<T>& scratch) {
+  const int64_t n = p.shape.rows, k = p.shape.columns;
+  const int first = static_cast<int>(threadIdx.x) % lanes, together = transport_problem_threads / lanes;
+  for (int64_t begin = 0; begin < n; begin += together) {
+    const int64_t i = begin + static_cast<int>(threadIdx.x) / lanes, row = problem * n + i;
+    T sum = i < n ? product<T, 1>(p.kernel + row * k, p.v + problem * k, k, first, lanes) : T(0);
+    sum = warp_reduce(sum, Add(), lanes);
+    if (first == 0 && i < n) p.r[row] = sum;
+  }
+  __syncthreads();
+  if (p.rows.ceiling != nullptr) {
+    settle_rows(p, problem, potentials, scratch);
+  } else {
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) settle_row(p, problem, i, p.r[problem * n + i], potentials);
+  }
+  __syncthreads();
+}
+
+// s of all columns, `width` at a time, between groups of threads that share the rows; and v.
+template <class T>
+CP_DEVICE void columns_by_block(const Scalings<T>& p, int64_t problem, int width, bool potentials, T* parts,
+                                SideScratch<T>& scratch) {
+  const int64_t n = p.shape.rows, k = p.shape.columns;
+  const T *kernel = p.kernel + problem * n * k, *u = p.u + problem * n;
+  const int groups = transport_problem_threads / width, own = static_cast<int>(threadIdx.x) % width;
+  for (int64_t begin = 0; begin < k; begin += width) {
+    const int64_t j = begin + own;
+    T sum = 0;
+    if (j < k) {
+#pragma unroll 4
+      for (int64_t i = static_cast<int>(threadIdx.x) / width; i < n; i += groups) sum += u[i] * kernel[i * k + j];
+    }
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < width && j < k) {
+      for (int g = 1; g < groups; ++g) sum += parts[g * width + own];
+      settle_column(p, problem, j, sum, potentials);
+    }
+    __syncthreads();
+  }
+  if (p.columns.ceiling == nullptr) return;
+  settle_columns(p, problem, potentials, scratch);
+  __syncthreads();
+}
+
+// All iterations of a problem.
+template <class T>
+__global__ void __launch_bounds__(transport_problem_threads, 2)
+    transport_problem_kernel(Scalings<T> p, int lanes, int width, int64_t count) {
+  __shared__ SideScratch<T> scratch;
+  __shared__ T parts[transport_problem_threads];
+  for (int64_t problem = blockIdx.x; problem < p.shape.problems; problem += gridDim.x) {
+#pragma unroll 1
+    for (int64_t turn = 0; turn < count; ++turn) {
+      const bool potentials = p.shift || turn + 1 == count;
+      rows_by_block(p, problem, lanes, potentials, scratch);
+      columns_by_block(p, problem, width, potentials, parts, scratch);
+      if (!p.shift) continue;
+      block_shift(p, problem, scratch);
+      __syncthreads();
+    }
+  }
+}
+
 // ---- launches ---------------------------------------------------------------------------------------------------
 
 inline TransportShape transport_shape(const TransportScalings& p, int64_t problems) {
   return {problems, p.rows.size, p.columns.size};
 }
 
+// Whether a block does all iterations of a problem: its matrix stays in the block's cache, and launches would take longer.
+inline bool transport_by_problem(const TransportShape& p) {
+  constexpr int64_t entries = 1 << 14, longest = 1 << 11;
+  return p.rows <= longest && p.columns <= longest && p.rows * p.columns <= entries;
+}
+
 // How many numbers the iterations need beside what they are given.
 inline int64_t transport_scale_room(const TransportShape& p) {
+  if (transport_by_problem(p)) return 0;
   return p.problems * transport_chunks(p.rows, p.columns).count * p.columns;
 }
 
@@ -196,13 +274,31 @@ void transport_turn_on(const Scalings<T>& p, bool potentials, T* parts, void* st
   if (p.shift) launch(transport_shift_kernel<T>, by_problem, p);
 }
 
+template <class T>
+void transport_turns_on(const Scalings<T>& p, int64_t count, T* parts, void* stream) {
+  for (int64_t turn = 0; turn < count; ++turn) transport_turn_on(p, p.shift || turn + 1 == count, parts, stream);
+}
+
+template <class T>
+void transport_problems_on(const Scalings<T>& p, int64_t count, void* stream) {
+  const int64_t n = p.shape.rows, k = p.shape.columns;
+  int lanes = transport_lanes(k), width = 1;
+  while (lanes > 8 && lanes * n > transport_problem_threads) lanes /= 2;  // eight read 32 bytes or more of a row
+  while (width < transport_problem_threads && width < k) width *= 2;
+  launch(transport_problem_kernel<T>, {transport_grid(p.shape.problems), transport_problem_threads, stream}, p, lanes,
+         width, count);
+}
+
 // Everything of `given` for all problems, v as it is before the first iteration; `parts` as transport_scale_room says.
 template <class T>
 void transport_scale_on(const TransportScalings& given, int64_t problems, void* parts, void* stream) {
   const Scalings<T> p = scalings_of<T>(given, problems);
-  if (p.shape.entries() == 0) return;
-  for (int64_t turn = 0; turn < given.count; ++turn)
-    transport_turn_on(p, p.shift || turn + 1 == given.count, static_cast<T*>(parts), stream);
+  if (p.shape.entries() == 0 || given.count <= 0) return;
+  if (transport_by_problem(p.shape)) {
+    transport_problems_on(p, given.count, stream);
+  } else {
+    transport_turns_on(p, given.count, static_cast<T*>(parts), stream);
+  }
 }
 
 }  // namespace counterpoise::cuda

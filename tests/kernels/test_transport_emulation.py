@@ -18,6 +18,7 @@ from tests.kernels.test_transport import DTYPES, KINDS, draw, plainly, problem, 
 pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler")
 
 START, PLAN, SCALE, SCALED = range(4)
+BY_SHAPE, TURNS, PROBLEMS = range(3)  # the form of the iterations: launches for each, or a block that does all
 # One entry, lanes that share few columns, packs and none, several chunks of rows, rows of a block, several problems.
 SHAPES = ((1, 1, 1), (2, 5, 3), (3, 70, 20), (1, 9, 2101), (2, 65, 140))
 PARTS = ("mass", "reference", "log_ratio", "penalty", "pull", "amount", "ceiling", "log_exact")
@@ -87,7 +88,7 @@ def test_kernel_and_plan(program: Path, tmp_path: Path, shape: tuple[int, int, i
     torch.testing.assert_close(out["plan"], (u[..., None] * out["kernel"].view(shape) * v[:, None]).flatten())
 
 
-def emulated(program: Path, folder: Path, p: Problem, count: int) -> dict[str, Tensor]:
+def emulated(program: Path, folder: Path, p: Problem, count: int, form: int) -> dict[str, Tensor]:
     """The iterations, and the exact numbers behind them under names that begin with "exact_"."""
     f, g, _ = plainly(iterations.start_of, p)  # type: ignore[misc]
     kernel, one, dtype = plainly(DenseKernel, p, f, g), p.columns.reference, p.matrix.dtype
@@ -98,7 +99,7 @@ def emulated(program: Path, folder: Path, p: Problem, count: int) -> dict[str, T
     types = dict.fromkeys(("f", "g", "u", "v", "s"), dtype)
     ceilings = {"row_level": dtype, "column_level": dtype} if p.rows.ceiling is not None else {}
     length = 0.0 if shift is None else shift.length
-    settings = numbers(p, SCALE, shift_length=length, count=count)
+    settings = numbers(p, SCALE, shift_length=length, count=count, form=form)
     out = emulation.run(program, folder, arrays, settings, types | ceilings)
     exact = wide(p)
     with kernels.disabled():
@@ -123,10 +124,22 @@ def assert_exact(p: Problem, out: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES, DTYPES * 3, strict=False)))
-def test_iterations(program: Path, tmp_path: Path, shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", [TURNS, PROBLEMS])
+@pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[1], DTYPES[1]), (SHAPES[2], DTYPES[0]), (SHAPES[4], DTYPES[1])])
+def test_iterations(
+    program: Path, tmp_path: Path, shape: tuple[int, int, int], dtype: torch.dtype, form: int, kind: str
+) -> None:
     p = problem(shape, dtype, kind, zeros=True)
-    assert_exact(p, emulated(program, tmp_path / "case", p, 2))
+    assert_exact(p, emulated(program, tmp_path / "case", p, 2, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 2101), (1, 12, 2048), (2, 131, 128)])
+def test_iterations_as_the_shape_has_them(
+    program: Path, tmp_path: Path, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    p = problem(shape, dtype, "balanced", zeros=True)
+    assert_exact(p, emulated(program, tmp_path / "case", p, 1, BY_SHAPE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,6 +162,6 @@ def test_the_side_between_both_halves(program: Path, tmp_path: Path, kind: str, 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_no_race_and_nothing_beside_an_array(work: Path, tmp_path: Path, sanitizer: str) -> None:
     program = emulation.build("transport_scale", work, sanitizer)
-    for kind in ("unbalanced", "partial"):
+    for kind, form in (("unbalanced", TURNS), ("partial", PROBLEMS)):
         p = problem((1, 34, 21), torch.float32, kind, zeros=True)
-        assert_exact(p, emulated(program, tmp_path / "case", p, 1))
+        assert_exact(p, emulated(program, tmp_path / "case", p, 1, form))

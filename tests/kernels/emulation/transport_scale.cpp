@@ -50,7 +50,6 @@ struct Runs {
     const int64_t n = shape.problems * shape.rows, k = shape.problems * shape.columns;
     void* v = result("v", k);
     std::memcpy(v, folder.read("v0"), k * sizeof(T));
-    std::vector<T> parts(cuda::transport_scale_room(shape));
     const TransportScalings p{folder.read("matrix"),
                               folder.read("f0"),
                               folder.read("g0"),
@@ -66,7 +65,21 @@ struct Runs {
                               folder.number("shift_length"),
                               folder.whole("count"),
                               static_cast<Type>(folder.whole("type"))};
-    cuda::transport_scale_on<T>(p, shape.problems, parts.data(), nullptr);
+    iterate(p);
+  }
+
+  // As the shape alone has it, or in the form that is asked for.
+  void iterate(const TransportScalings& p) {
+    std::vector<T> parts(shape.problems * cuda::transport_chunks(shape.rows, shape.columns).count * shape.columns);
+    const int64_t form = folder.whole("form");
+    if (form == 0) {
+      std::vector<T> room(cuda::transport_scale_room(shape));
+      cuda::transport_scale_on<T>(p, shape.problems, room.data(), nullptr);
+    } else if (form == 1) {
+      cuda::transport_turns_on(cuda::scalings_of<T>(p, shape.problems), p.count, parts.data(), nullptr);
+    } else {
+      cuda::transport_problems_on(cuda::scalings_of<T>(p, shape.problems), p.count, nullptr);
+    }
   }
 
   void scaled() {
