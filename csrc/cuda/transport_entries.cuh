@@ -13,6 +13,8 @@ namespace counterpoise::cuda {
 struct TransportShape {
   int64_t problems, rows, columns;
   int64_t entries() const { return problems * rows * columns; }
+  // Of a row that is counted through all problems; a division takes as long as a short row.
+  CP_DEVICE int64_t problem(int64_t row) const { return problems == 1 ? 0 : row / rows; }
 };
 
 // ---- entry by entry ---------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(transport_threads)
   const RowTeam team = row_team<Long>();
   for (int64_t row = team.row; row < p.problems * p.rows; row += team.rows) {
     const auto of_row = entries.row(row);
-    const int64_t column = row / p.rows * p.columns;
+    const int64_t column = p.problem(row) * p.columns;
     const T* in = from + row * p.columns;
     T* out = to + row * p.columns;
 #pragma unroll 1
@@ -168,10 +170,11 @@ __global__ void __launch_bounds__(transport_threads)
   const RowTeam team = row_team<Long>();
   for (int64_t row = team.row; row < p.problems * p.rows; row += team.rows) {
     auto found = Extremes::none<Two<T>>();
+    const int64_t column = p.problem(row) * p.columns;
     for (int64_t j = team.first * N; j < p.columns; j += team.step * N) {
       T entry[N], mass[N];
       load_pack(cost + row * p.columns + j, entry);
-      load_pack(column_mass + row / p.rows * p.columns + j, mass);
+      load_pack(column_mass + column + j, mass);
 #pragma unroll
       for (int k = 0; k < N; ++k) {
         const T seen = mass[k] == 0 ? entry[k] + math::infinity<T> : entry[k];

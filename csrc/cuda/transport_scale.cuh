@@ -95,10 +95,10 @@ __global__ void __launch_bounds__(transport_threads)
   const int64_t n = p.shape.rows, k = p.shape.columns, rows = p.shape.problems * n;
   for (int64_t begin = static_cast<int64_t>(blockIdx.x) * together; begin < rows;
        begin += static_cast<int64_t>(gridDim.x) * together) {
-    const int64_t row = begin + static_cast<int>(threadIdx.x) / width, problem = row / n;
+    const int64_t row = begin + static_cast<int>(threadIdx.x) / width, problem = p.shape.problem(row);
     T sum = row < rows ? product<T, N>(p.kernel + row * k, p.v + problem * k, k, first, width) : T(0);
     sum = Long ? block_reduce(sum, Add(), scratch) : warp_reduce(sum, Add(), lanes);
-    if (first == 0 && row < rows) settle_row(p, problem, row % n, sum, potentials);
+    if (first == 0 && row < rows) settle_row(p, problem, row - problem * n, sum, potentials);
   }
 }
 
