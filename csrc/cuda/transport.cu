@@ -1,5 +1,5 @@
-// Operators of the transport family on a GPU, of a cost whose kernel exists in rows only: the two halves of an iteration,
-// and both. The schemas stand in counterpoise/kernels/transport.py.
+// Operators of the transport family on a GPU, of a cost whose kernel exists in rows only: the two halves of an
+// iteration, and both. The schemas stand in counterpoise/kernels/transport.py.
 #include "transport.cuh"
 
 #include <tuple>

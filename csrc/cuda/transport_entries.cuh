@@ -1,5 +1,5 @@
-// Transport family: what reads a matrix in memory entry by entry. The kernel of a cost and the plan of a kernel, where an
-// iteration starts, and (for the iterations too) what becomes of each column.
+// Transport family: what reads a matrix in memory entry by entry. The kernel of a cost, the plan of a kernel, where the
+// iterations start, and (for the iterations too) what becomes of each column.
 //
 // Rows belong to warps or blocks, columns to lanes that go down some of the rows, as in transport.cuh; what the blocks
 // that share a column found is put together in a second kernel, always in the same order.
@@ -93,8 +93,8 @@ struct LeastDown {
   CP_DEVICE T both(T a, T b) const { return b < a ? b : a; }
 };
 
-// Rows [chunk * step, ...) of a problem; `lanes` neighbours take N columns each, and the groups of lanes of a block share
-// the rows. parts is (problems, chunks, columns).
+// Rows [chunk * step, ...) of a problem; `lanes` neighbours take N columns each, and the groups of lanes of a block
+// share the rows. parts is (problems, chunks, columns).
 template <class T, int N, class Down>
 __global__ void __launch_bounds__(transport_threads)
     transport_down_kernel(const T* matrix, Down down, TransportShape p, TransportChunks chunks, int lanes, T* parts) {
@@ -263,13 +263,13 @@ void transport_down_on(const TransportShape& p, const TransportChunks& chunks, c
   int lanes = warp_size;
   while (lanes > 1 && lanes / 2 >= taken) lanes /= 2;
   const int64_t strip = lanes * (packs ? width : 1), strips = (p.columns + strip - 1) / strip;
+  const int64_t blocks = transport_grid(p.problems * chunks.count * strips);
   launch(packs ? transport_down_kernel<T, width, Down> : transport_down_kernel<T, 1, Down>,
-         {transport_grid(p.problems * chunks.count * strips), transport_threads, stream}, matrix, down, p, chunks, lanes,
-         parts);
+         {blocks, transport_threads, stream}, matrix, down, p, chunks, lanes, parts);
 }
 
-// f (problems, rows), g (problems, columns) and the spread (problems); `parts` holds problems * chunks * columns numbers,
-// `reach` problems * rows.
+// f (problems, rows), g (problems, columns) and the spread (problems); `parts` holds problems * chunks * columns
+// numbers, `reach` problems * rows.
 template <class T>
 void transport_start_on(const TransportShape& p, const void* cost, const void* row_mass, const void* column_mass,
                         void* parts, void* reach, void* f, void* g, void* spread, void* stream) {

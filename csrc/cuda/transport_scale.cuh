@@ -1,9 +1,9 @@
 // Transport family: alternating scalings of a kernel in memory, V to U to V, with nothing that waits for the host.
 //
 // In come kernels, the offsets in them, V and both sides; out go potentials, scalings, sums and ceilings behind `count`
-// iterations. A matrix of some size takes a kernel for its rows, one for its columns and one that puts together what the
-// columns' chunks found; where a side has a ceiling, and where the potentials are shifted, a block for each problem does
-// that behind them. Small matrices have a block each that does all iterations.
+// iterations. A matrix of some size takes a kernel for its rows, one for its columns and one that puts together what
+// the columns' chunks found; where a side has a ceiling, and where the potentials are shifted, a block for each problem
+// does that behind them. Small matrices have a block each that does all iterations.
 #pragma once
 
 #include "transport_entries.cuh"
@@ -211,7 +211,8 @@ inline TransportShape transport_shape(const TransportScalings& p, int64_t proble
   return {problems, p.rows.size, p.columns.size};
 }
 
-// Whether a block does all iterations of a problem: its matrix stays in the block's cache, and launches would take longer.
+// Whether a block does all iterations of a problem: its matrix stays in the block's cache, and launches would take
+// longer.
 inline bool transport_by_problem(const TransportShape& p) {
   constexpr int64_t entries = 1 << 14, longest = 1 << 11;
   return p.rows <= longest && p.columns <= longest && p.rows * p.columns <= entries;
@@ -254,8 +255,8 @@ void transport_products_on(const Scalings<T>& p, bool potentials, void* stream) 
   const auto kernel =
       by_block ? (packs ? transport_products_kernel<T, width, true> : transport_products_kernel<T, 1, true>)
                : (packs ? transport_products_kernel<T, width, false> : transport_products_kernel<T, 1, false>);
-  launch(kernel, {transport_grid((shape.problems * shape.rows + together - 1) / together), transport_threads, stream}, p,
-         lanes, potentials);
+  const int64_t blocks = transport_grid((shape.problems * shape.rows + together - 1) / together);
+  launch(kernel, {blocks, transport_threads, stream}, p, lanes, potentials);
 }
 
 // One iteration.

@@ -1,8 +1,8 @@
-// Transport family: the two sides of a problem on a GPU. What a potential or scaling becomes, given the sums on its side;
-// the plain form is counterpoise/ot/_sides.py, and csrc/math/transport.h has the formulas.
+// Transport family: the two sides of a problem on a GPU. What a potential or scaling becomes, given the sums on its
+// side; the plain form is counterpoise/ot/_sides.py, and csrc/math/transport.h has the formulas.
 //
 // In come sums of a kernel and the offsets in it, out go scalings, potentials and ceilings. What all entries of a side
-// decide together (a ceiling, the common shift) is found by one block for a problem, so that nothing waits for the host.
+// decide together (a ceiling, the common shift) one block finds for a problem, so that nothing waits for the host.
 #pragma once
 
 #include "../cpu/transport.h"
