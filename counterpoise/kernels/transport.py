@@ -1,9 +1,10 @@
-"""Transport family: the iterations of entropic transport, with every row of a matrix read once for both sides.
+"""Transport family: the iterations of entropic transport, with a matrix read as seldom as may be.
 
-Only what needs no gradient is here: those of the solutions are found behind the iterations. A kernel in memory gives
-both of its sums from one pass, for as many iterations as are asked for; a kernel that exists in rows only gives them
-from one pass over the cost. Blocks of rows have a size of their own, whatever the number of threads, and what they sum
-up is added in order: the same result on every run.
+Only what needs no gradient is here: those of the solutions are found behind the iterations. On the CPU a kernel in
+memory gives both of its sums from one pass, for as many iterations as are asked for, and a kernel that exists in rows
+only gives them from one pass over the cost. On a GPU each sum is a pass of its own, a small matrix stays in the cache
+of the block that does all its iterations, and none of them waits for the host. Blocks of rows have a size of their own,
+whatever the number of threads, and what they sum up is added in order: the same result on every run.
 
 Batches are of any leading shape; a matrix (..., N, K) is contiguous.
 """

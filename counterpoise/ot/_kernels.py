@@ -204,8 +204,8 @@ class TiledKernel:
         return r, lambda u: tile.column_sums(f, u)
 
     def log_sweep(self, one: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(U / alpha) and S of ``one`` in logarithms, in one pass; None where that is not to be had."""
-        if len(self.parts) != 1 or not self.f.is_cpu:
+        """(U / alpha) and S of ``one`` in logarithms, from one call; None where that is not to be had."""
+        if len(self.parts) != 1 or not fused.runs_on(self.f, "transport_sweep"):
             return None
         start, stop, rows = self.parts[0]
         tile = self._fused(start, stop)

@@ -1,10 +1,11 @@
-// Operators of the transport family on a GPU: the two halves of an iteration. The schemas stand in
-// counterpoise/kernels/transport.py.
+// Operators of the transport family on a GPU, of a cost whose kernel exists in rows only: the two halves of an
+// iteration, and both. The schemas stand in counterpoise/kernels/transport.py.
 #include "transport.cuh"
 
 #include <tuple>
 
 #include "device.h"
+#include "transport_sides.cuh"
 
 namespace counterpoise {
 namespace {
@@ -47,11 +48,30 @@ Tensor transport_columns(const Tensor& cost, Optional of_row, Optional of_column
   return s;
 }
 
+// f, r, u and s: one half behind the other.
+std::tuple<Tensor, Tensor, Tensor, Tensor> transport_sweep(const Tensor& cost, Optional of_row, Optional of_column,
+                                                           const Tensor& g, const Tensor& v, const Tensor& mass,
+                                                           const Tensor& reference, const Tensor& log_ratio,
+                                                           Optional pull, double epsilon, bool logs) {
+  const OnDevice device(cost);
+  const TransportSide side{mass.const_data_ptr(), reference.const_data_ptr(), log_ratio.const_data_ptr(),
+                           nullptr,               data_of(pull),              nullptr,
+                           nullptr,               nullptr,                    cost.size(1)};
+  auto [f, r] = transport_rows(cost, of_row, of_column, g, v, epsilon);
+  Tensor u = torch::stable::empty_like(f);
+  const auto run = type_of(cost) == Type::float64 ? cuda::transport_side_on<double> : cuda::transport_side_on<float>;
+  run(side, cost.size(0), epsilon, logs, f.const_data_ptr(), r.const_data_ptr(), u.mutable_data_ptr(), device.stream());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  Tensor s = transport_columns(cost, of_row, of_column, g, f, u, epsilon, logs);
+  return {f, r, u, s};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(counterpoise, CUDA, m) {
   m.impl("transport_columns", TORCH_BOX(&transport_columns));
   m.impl("transport_rows", TORCH_BOX(&transport_rows));
+  m.impl("transport_sweep", TORCH_BOX(&transport_sweep));
 }
 
 }  // namespace counterpoise

@@ -76,19 +76,28 @@ CP_DEVICE void above_cost(const TransportCosts<T>& p, int64_t row, int64_t j, T 
   }
 }
 
+// Rows that a warp or (Long) a block takes: `row`, and so many ahead the next; its threads count from `first` on.
+struct RowTeam {
+  int64_t row, rows, first, step;
+};
+
+template <bool Long>
+CP_DEVICE RowTeam row_team() {
+  if constexpr (Long) return {blockIdx.x, gridDim.x, threadIdx.x, blockDim.x};
+  return {static_cast<int64_t>(blockIdx.x) * warps() + warp(), static_cast<int64_t>(gridDim.x) * warps(), lane(),
+          warp_size};
+}
+
 // f and r of every row; N columns at a time, a warp or (Long) a block to a row.
 template <class T, int N, bool Long>
 __global__ void __launch_bounds__(transport_threads)
     transport_rows_kernel(TransportCosts<T> p, const T* v, T* f, T* r) {
   __shared__ RelativeSum<T> scratch[warp_size];
   const Join<T> join{p.by};
-  const int64_t step = Long ? blockDim.x : warp_size;
-  const int64_t first = Long ? threadIdx.x : lane();
-  const int64_t team = Long ? blockIdx.x : static_cast<int64_t>(blockIdx.x) * warps() + warp();
-  const int64_t teams = Long ? gridDim.x : static_cast<int64_t>(gridDim.x) * warps();
-  for (int64_t row = team; row < p.problems * p.rows; row += teams) {
+  const RowTeam team = row_team<Long>();
+  for (int64_t row = team.row; row < p.problems * p.rows; row += team.rows) {
     RelativeSum<T> found = Join<T>::template none<RelativeSum<T>>();
-    for (int64_t j = first * N; j < p.columns; j += step * N) {
+    for (int64_t j = team.first * N; j < p.columns; j += team.step * N) {
       T x[N], weight[N];
       above_cost(p, row, j, x);
       load_pack(v + row / p.rows * p.columns + j, weight);
@@ -96,7 +105,7 @@ __global__ void __launch_bounds__(transport_threads)
       for (int k = 0; k < N; ++k) join.take(found, x[k], weight[k]);
     }
     found = Long ? block_reduce(found, join, scratch) : warp_reduce(found, join);
-    if (first == 0) {
+    if (team.first == 0) {
       f[row] = -found.top;
       r[row] = found.sum;
     }
@@ -163,6 +172,11 @@ __global__ void __launch_bounds__(transport_threads)
 
 inline int64_t transport_grid(int64_t blocks) { return blocks < transport_most_blocks ? blocks : transport_most_blocks; }
 
+// Blocks for rows that a warp or a block takes each.
+inline int64_t transport_row_grid(int64_t rows, bool by_block) {
+  return transport_grid(by_block ? rows : (rows + transport_warps - 1) / transport_warps);
+}
+
 template <class T>
 TransportCosts<T> transport_costs(const TransportTile& p, int64_t problems) {
   const auto at = [](const void* x) { return static_cast<const T*>(x); };
@@ -186,8 +200,7 @@ void transport_rows_on(const TransportTile& tile, int64_t problems, const void* 
   constexpr int width = pack_width<T>;
   const auto kernel = by_block ? (packs ? transport_rows_kernel<T, width, true> : transport_rows_kernel<T, 1, true>)
                                : (packs ? transport_rows_kernel<T, width, false> : transport_rows_kernel<T, 1, false>);
-  const int64_t blocks = by_block ? rows : (rows + transport_warps - 1) / transport_warps;
-  launch(kernel, {transport_grid(blocks), transport_threads, stream}, p, static_cast<const T*>(v), static_cast<T*>(f),
+  launch(kernel, {transport_row_grid(rows, by_block), transport_threads, stream}, p, static_cast<const T*>(v), static_cast<T*>(f),
          static_cast<T*>(r));
 }
 

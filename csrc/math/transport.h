@@ -52,6 +52,41 @@ CP_INLINE T log_scaling(T log_ratio, T log_sum, T pull, T epsilon, T offset, T c
   return at_most((ceiling - offset) / epsilon, moved);
 }
 
+constexpr int newton_steps = 3;  // of a ceiling, in every iteration
+
+// A Newton step of a ceiling, in units of epsilon and no lower than `floor`: at `now` the plan holds `held` of its
+// `amount`, of which `slope` grows with the ceiling. T is the type in which these were summed up.
+template <class T>
+CP_INLINE double next_level(double now, double floor, double amount, double held, double slope) {
+  constexpr double eps = std::numeric_limits<T>::epsilon(), tiny = std::numeric_limits<T>::min();
+  const double missing = amount - held, rounding = 4 * eps * amount;
+  const double rest = missing <= rounding && missing >= -rounding ? 0.0 : missing;
+  const double growth = 1 + rest / (slope > tiny ? slope : tiny);
+  const double next = growth > 0 ? now + log(growth) : floor;
+  return next > floor ? next : floor;
+}
+
+// log of the mass that an entry with this potential has, minus infinity where it is exact.
+template <class T>
+CP_INLINE T free_log_mass(T mass, T potential, T penalty) {
+  const T x = log(mass) - potential / penalty;
+  return penalty == infinity<T> ? -infinity<T> : x;
+}
+
+CP_INLINE double log_add_exp(double a, double b) {
+  const double high = a > b ? a : b, low = a > b ? b : a;
+  if (a != a || b != b) return a + b;
+  return high == -infinity<double> || high == low ? high + (high == low ? log(2.0) : 0.0)
+                                                  : high + log1p_unit(exp(low - high)).log;
+}
+
+// The common shift of the potentials, by what both sides' masses differ in logarithms; none where that is no number.
+template <class T>
+CP_INLINE T common_shift(double length, double log_rows, double log_columns) {
+  const double found = length * (log_rows - log_columns);
+  return found - found == 0 ? static_cast<T>(found) : T(0);
+}
+
 // A cost: given, or from a product of points and the squares of both, which rounding may leave below 0.
 template <bool Points, class T>
 CP_INLINE T transport_cost(T entry, T of_row, T of_column) {

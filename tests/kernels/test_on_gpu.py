@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+import counterpoise.ot._iterations as iterations
 from counterpoise import kernels
 from counterpoise.contrastive import ASCLLoss, CACRLoss, CLIPLoss, NTXentLoss, SigLIPLoss, SupConLoss
 from counterpoise.kernels import selection
@@ -25,9 +27,12 @@ from counterpoise.losses import (
 )
 from counterpoise.memory import MemoryBank
 from counterpoise.neighbors import nearest_neighbors
-from counterpoise.ot import sinkhorn, unbalanced_sinkhorn
+from counterpoise.ot import partial_sinkhorn, sinkhorn, unbalanced_sinkhorn
+from counterpoise.ot._sides import Ceiling, Side
+from counterpoise.ot.unbalanced import Shift
 from counterpoise.samplers import facility_location, k_center_greedy
 from tests.kernels.compare import assert_accurate, assert_exact, assert_within_two_ulp, value_and_grad
+from tests.kernels.test_transport import KINDS, problem, wide
 
 pytestmark = pytest.mark.skipif(
     not any(row["cuda"] for row in kernels.available().values()),
@@ -180,18 +185,84 @@ def test_graph_capture():
     torch.testing.assert_close(grad, torch.autograd.grad(sigmoid_focal_loss(z, t), z)[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(40, 30), (700, 100), (64, 3000)], ids=str)
-def test_transport(shape):
+SOLVERS = {
+    "balanced": partial(sinkhorn, epsilon=0.05),
+    "unbalanced": partial(unbalanced_sinkhorn, epsilon=0.05, penalty_a=0.5, penalty_b=1.0),
+    "half unbalanced": partial(unbalanced_sinkhorn, epsilon=0.05, penalty_a=float("inf"), penalty_b=1.0),
+    "partial": partial(partial_sinkhorn, mass=0.7, epsilon=0.05),
+    "in logarithms": partial(sinkhorn, epsilon=1e-4, scaling=None),
+}
+
+
+@pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("shape", [(1, 1), (40, 30), (700, 100), (64, 3000), (3000, 6), (5, 33, 20)], ids=str)
+def test_transport(shape, solve):
     g = torch.Generator().manual_seed(0)
     cost = torch.rand(shape, generator=g, dtype=torch.float64).cuda()
-    for solve in (
-        partial(sinkhorn, epsilon=0.05, max_iterations=200),
-        partial(unbalanced_sinkhorn, epsilon=0.05, penalty_a=float("inf"), penalty_b=1.0, max_iterations=200),
-    ):
-        fused = solve(cost)
-        with kernels.disabled():
-            plain = solve(cost)
-        torch.testing.assert_close(fused.plan, plain.plan, rtol=1e-6, atol=1e-10)
+    assert kernels.transport.takes(cost, "transport_scale")
+    fused = solve(cost, max_iterations=60, tolerance=0)
+    again = solve(cost, max_iterations=60, tolerance=0)
+    with kernels.disabled():
+        plain = solve(cost, max_iterations=60, tolerance=0)
+    assert torch.equal(fused.plan, again.plan)
+    torch.testing.assert_close(fused.plan, plain.plan, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(fused.f, plain.f, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(5, 3), (131, 17), (900, 100), (1200, 1000), (9, 2101), (40, 65, 33)], ids=str)
+def test_every_operator_of_transport(shape, kind, dtype):
+    """Start, kernel, ten iterations, ten in logarithms and the plan, with void masses and a forbidden pair."""
+
+    def results(p):
+        f, g, reach = iterations.start_of(p)
+        kernel = p.kernel(f, g)
+        found = iterations.advance(p, kernel, p.columns.reference, 10)
+        numbers = {"spread": f.new_tensor(reach), "kernel": kernel.matrix.clone()}
+        numbers |= {name: getattr(found, name) for name in ("f", "g", "u", "v", "s")}
+        numbers["plan"] = kernel.plan(found.u, found.v)
+        logs = iterations.in_logarithms(p, g, 4)
+        return numbers | {"log f": logs.f, "log g": logs.g}
+
+    fused = results(on_device(problem(shape, dtype, kind, zeros=True)))
+    for name in ("scale", "kernel", "plan_", "start", "sweep"):
+        assert kernels.transport.takes(torch.empty(shape, dtype=dtype, device="cuda"), f"transport_{name}")
+    p = on_device(wide(problem(shape, dtype, kind, zeros=True)))
+    with kernels.disabled():
+        plain = results(p)
+    for name, wanted in plain.items():
+        some = torch.ones_like(wanted, dtype=torch.bool)
+        if name[-1] in "fu" and wanted.shape == p.rows.mass.shape:
+            some = p.rows.mass > 0
+        elif name[-1] in "gvs" and wanted.shape == p.columns.mass.shape:
+            some = p.columns.mass > 0
+        limit = (1e-5 if dtype == torch.float32 else 1e-9) * max(float(wanted[some].abs().max()), 0.05)
+        assert float((fused[name][some] - wanted[some]).abs().max()) <= limit, name
+
+
+def on_device(p):
+    """A problem of tests/kernels/test_transport.py on the GPU."""
+
+    def side(s):
+        ceiling = None if s.ceiling is None else Ceiling(s.ceiling.amount.cuda(), s.ceiling.value.cuda())
+        penalty, mass = None if s.penalty is None else s.penalty.cuda(), s.mass.cuda()
+        return Side(mass, mass if s.reference is s.mass else s.reference.cuda(), s.epsilon, penalty, ceiling)
+
+    rows, columns = side(p.rows), side(p.columns)
+    shift = None if p.shift is None else Shift(rows.mass, columns.mass, rows.penalty, columns.penalty, p.ranks)
+    return replace(p, cost=p.cost.cuda(), rows=rows, columns=columns, total=p.total.cuda(), shift=shift)
+
+
+def test_iterations_of_transport_wait_for_nothing():
+    p = on_device(problem((700, 100), torch.float32, "partial"))
+    f, g, _ = iterations.start_of(p)
+    kernel = p.kernel(f, g)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        iterations.advance(p, kernel, p.columns.reference, 10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def draw(n: int, d: int, seed: int = 0) -> Tensor:

@@ -72,8 +72,7 @@ void scale_of(const TransportScalings& p, TransportTeam team) {
     if (!shift) continue;
     const double of_rows = log_mass_of(rows, n, f, *at(p.rows.log_exact), scratch.get());
     const double of_columns = log_mass_of(columns, k, g, *at(p.columns.log_exact), scratch.get());
-    const double found = p.shift_length * (of_rows - of_columns);
-    const T c = found - found == 0 ? static_cast<T>(found) : T(0);
+    const T c = math::common_shift<T>(p.shift_length, of_rows, of_columns);
     const T up = static_cast<T>(math::exp(static_cast<double>(c) / p.epsilon));
     for (int64_t i = 0; i < n; ++i) f[i] += c;
     for (int64_t i = 0; i < n; ++i) on.u[i] *= up;

@@ -223,11 +223,4 @@ double log_sum_exp(const T* x, int64_t n) {
   return static_cast<double>(top) + math::log(total);
 }
 
-inline double log_add_exp(double a, double b) {
-  const double high = a > b ? a : b, low = a > b ? b : a;
-  if (a != a || b != b) return a + b;
-  return high == -infinity<double> || high == low ? high + (high == low ? math::log(2.0) : 0.0)
-                                                  : high + math::log1p_unit(math::exp(low - high)).log;
-}
-
 }  // namespace counterpoise::CP_ARCH

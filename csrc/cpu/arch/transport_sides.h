@@ -52,8 +52,6 @@ void potentials(const Side<T>& s, int64_t n, const T* sums, const T* offset, T* 
   for (int64_t k = 0; k < n; ++k) out[k] = offset[k] + s.epsilon * out[k];
 }
 
-constexpr int newton_steps = 3;
-
 // The ceiling at which the plan has its mass; from the last one, by a few Newton steps.
 template <class T>
 T level(const Side<T>& s, int64_t n, const T* sums, const T* offset, double amount) {
@@ -66,8 +64,7 @@ T level(const Side<T>& s, int64_t n, const T* sums, const T* offset, double amou
   const double floor = math::log(amount) - log_sum_exp(logs.get(), n);  // where no mass binds
   double now = static_cast<double>(s.ceiling) / s.epsilon;
   now = now > floor ? now : floor;
-  const double eps = std::numeric_limits<T>::epsilon(), tiny = std::numeric_limits<T>::min();
-  for (int step = 0; step < newton_steps; ++step) {
+  for (int step = 0; step < math::newton_steps; ++step) {
     const T at = static_cast<T>(now);
     for (int64_t k = 0; k < n; ++k) parts[k] = math::exp_in_loop(math::at_most(log_mass[k], logs[k] + at));
     double held = 0, slope = 0;
@@ -78,11 +75,7 @@ T level(const Side<T>& s, int64_t n, const T* sums, const T* offset, double amou
       for (int64_t k = j; k < j + m; ++k) parts[k] = logs[k] + at < log_mass[k] ? parts[k] : T(0);
       slope += static_cast<double>(sum(parts.get() + j, m));
     }
-    const double missing = amount - held, rounding = 4 * eps * amount;
-    const double rest = missing <= rounding && missing >= -rounding ? 0.0 : missing;
-    const double growth = 1 + rest / (slope > tiny ? slope : tiny);
-    const double next = growth > 0 ? now + math::log(growth) : floor;
-    now = next > floor ? next : floor;
+    now = math::next_level<T>(now, floor, amount, held, slope);
   }
   return s.epsilon * static_cast<T>(now);
 }
@@ -91,11 +84,8 @@ T level(const Side<T>& s, int64_t n, const T* sums, const T* offset, double amou
 template <class T>
 double log_mass_of(const Side<T>& s, int64_t n, const T* potential, T log_exact, T* scratch) {
   if (s.penalty == nullptr) return static_cast<double>(log_exact);
-  for (int64_t k = 0; k < n; ++k) {
-    const T x = math::log(s.mass[k]) - potential[k] / s.penalty[k];
-    scratch[k] = s.penalty[k] == infinity<T> ? -infinity<T> : x;
-  }
-  return log_add_exp(log_sum_exp(scratch, n), static_cast<double>(log_exact));
+  for (int64_t k = 0; k < n; ++k) scratch[k] = math::free_log_mass(s.mass[k], potential[k], s.penalty[k]);
+  return math::log_add_exp(log_sum_exp(scratch, n), static_cast<double>(log_exact));
 }
 
 }  // namespace counterpoise::CP_ARCH
