@@ -78,10 +78,7 @@ def seen_by_others(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a tracer or counter follows every operator, or a tensor is not what lies at its address."""
     if torch._C._len_torch_dispatch_stack() or x.is_neg():
         return True
-    for other in others:
-        if other is not None and (type(other) is not Tensor or other.is_neg()):
-            return True
-    return False
+    return any(other is not None and (type(other) is not Tensor or other.is_neg()) for other in others)
 
 
 define("gradient_like(Tensor x) -> Tensor")

@@ -9,111 +9,83 @@ namespace counterpoise::cuda {
 // Exponentials of doubles leave no registers for larger blocks.
 template <class S>
 constexpr int kept_threads = sizeof(computed_t<S>) == 8 ? row_threads : 1024;
+template <class S>
+constexpr int kept_resident = sizeof(computed_t<S>) == 8 ? row_resident : 1;
 
 // Calls visit(what is kept, first class, distance) for all that this thread has kept of a row.
-template <class S, class F>
-CP_DEVICE void for_kept(const RowInput<S>& p, const RowGroup& who, computed_t<S>* kept, F&& visit) {
+template <bool Packs, class S, class F>
+CP_DEVICE void for_kept(const RowInput<S>& p, const RowGroup& who, const computed_t<S>* kept, F&& visit) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
-  const int step = p.packs ? 1 : who.lanes;
+  const int step = Packs ? 1 : who.lanes;
 #pragma unroll 2
-  for (int64_t j = p.packs ? who.rank * width : who.rank; j < p.classes; j += static_cast<int64_t>(who.lanes) * width) {
+  for (int j = who.rank * (Packs ? width : 1); j < p.classes; j += who.lanes * width) {
     T x[width];
-    if (p.packs) {
-      load_pack(kept + j, x);
-    } else {
-#pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = j + k * step < p.classes ? kept[j + k * step] : -math::infinity<T>;
-    }
+    read_classes<Packs>(kept, j, step, p.classes, -math::infinity<T>, x);
     visit(x, j, step);
   }
 }
 
-template <class S, int N>
-CP_DEVICE void keep(const RowInput<S>& p, const computed_t<S> (&x)[N], computed_t<S>* kept, int64_t j, int step) {
-  if (p.packs) return store_pack(x, kept + j);
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    if (j + k * step < p.classes) kept[j + k * step] = x[k];
-}
-
 // Keeps a row's adjusted logits; the largest of the other classes.
-template <class S>
+template <bool Packs, class S>
 CP_DEVICE computed_t<S> keep_row(const RowInput<S>& p, const RowGroup& who, int64_t row, computed_t<S>* kept) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   T top = -math::infinity<T>;
-  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t j, int step) {
+  for_classes<Packs>(p, who, row, 0, p.classes, [&](const T(&u)[width], int j, int step) {
 #pragma unroll
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
-    keep(p, u, kept, j, step);
+    write_classes<Packs>(u, kept, j, step, p.classes);
   });
   return top;
 }
 
 // The sums over what is kept, which becomes exponentials where logits are not asked for again.
-template <class S>
+template <bool Packs, class S>
 CP_DEVICE RowShare<computed_t<S>> kept_share(const RowInput<S>& p, const RowGroup& who, computed_t<S>* kept,
                                              computed_t<S> top, bool weigh_gap) {
-  constexpr int width = row_width<S>;
   using T = computed_t<S>;
   RowShare<T> mine{top, 0, 0, 0, 0};
   const bool again = p.c.smoothing != 0;
-  for_kept(p, who, kept, [&](T(&u)[width], int64_t j, int step) {
-    T e[width], sum = 0;
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      e[k] = u[k] == -math::infinity<T> ? T(0) : math::exp(u[k] - top);
-      sum += e[k];
-    }
-    mine.sum += sum;
-    if (!again) return keep(p, e, kept, j, step);
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      if (!(u[k] > -math::infinity<T>)) continue;
-      const T w = p.weight(j + k * step);
-      mine.live += 1;
-      mine.weight += w;
-      mine.gap += (weigh_gap ? w : T(1)) * (u[k] - top);
-    }
+  for_kept<Packs>(p, who, kept, [&](T(&u)[row_width<S>], int j, int step) {
+    if (again) add_smoothed(p, u, top, j, step, weigh_gap, mine);
+    mine.sum += exponentials(u, top);
+    if (!again) write_classes<Packs>(u, kept, j, step, p.classes);
   });
   return mine;
 }
 
-template <class S>
-CP_DEVICE Two<computed_t<S>> kept_off(const RowInput<S>& p, const RowGroup& who, computed_t<S>* kept,
+template <bool Packs, class S>
+CP_DEVICE Two<computed_t<S>> kept_off(const RowInput<S>& p, const RowGroup& who, const computed_t<S>* kept,
                                       computed_t<S> shift) {
-  constexpr int width = row_width<S>;
   using T = computed_t<S>;
   Two<T> mine{0, 0};
-  for_kept(p, who, kept, [&](const T(&u)[width], int64_t, int) { add_off(p, u, shift, mine); });
+  for_kept<Packs>(p, who, kept, [&](const T(&u)[row_width<S>], int, int) { add_off(p, u, shift, mine); });
   return mine;
 }
 
 // The gradient of a row from what is kept; zeros where it does not count.
-template <class S>
-CP_DEVICE void write_kept(const RowInput<S>& p, const RowGroup& who, int64_t row, bool counts, computed_t<S>* kept,
+template <bool Packs, class S>
+CP_DEVICE void write_kept(const RowInput<S>& p, const RowGroup& who, int64_t row, bool counts, const computed_t<S>* kept,
                           const math::RowSlopes<computed_t<S>>& s, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
-  const int64_t y = counts ? p.target[row] : -1;
-  const bool again = p.c.smoothing != 0;
-  for_kept(p, who, kept, [&](const T(&x)[width], int64_t j, int step) {
+  const int y = static_cast<int>(p.target[row]);
+  for_kept<Packs>(p, who, kept, [&](const T(&x)[width], int j, int step) {
     T g[width];
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int64_t at = j + k * step;
-      g[k] = !counts || at >= p.classes ? T(0)
-             : at == y                  ? s.target * p.factor(y)
-             : again                    ? slope_at(p, x[k], at, s)
-                                        : s.exponent * x[k] * p.factor(at);
+    for (int k = 0; k < width; ++k) g[k] = counts ? x[k] : T(0);
+    if (counts) {
+      if (p.c.smoothing != 0) exponentials(g, s.top);
+      slopes_of<Packs>(p, s, y, x, j, step, p.classes, g);
     }
-    write_classes(p, g, grad + row * p.classes, j, step, p.classes);
+    write_classes<Packs>(g, grad + row * p.classes, j, step, p.classes);
   });
 }
 
-template <class S>
-__global__ void __launch_bounds__(kept_threads<S>) kept_rows(RowInput<S> p, RowTotal<computed_t<S>> out, S* grad) {
+template <class S, bool Packs>
+__global__ void __launch_bounds__(kept_threads<S>, kept_resident<S>)
+    kept_rows(RowInput<S> p, RowTotal<computed_t<S>> out, S* grad) {
   using T = computed_t<S>;
   CP_DYNAMIC_SHARED(T, shared);
   __shared__ T top_scratch[warp_size];
@@ -126,15 +98,15 @@ __global__ void __launch_bounds__(kept_threads<S>) kept_rows(RowInput<S> p, RowT
   for (int64_t base = who.base; base < p.rows; base += who.stride) {
     const int64_t row = base + who.index;
     const bool counts = row < p.rows && p.counts(row);
-    const T others = who.reduce(counts ? keep_row(p, who, row, kept) : -math::infinity<T>, Larger(), top_scratch);
+    const T others = who.reduce(counts ? keep_row<Packs>(p, who, row, kept) : -math::infinity<T>, Larger(), top_scratch);
     const T target = counts ? p.at_target(row) : T(0), top = target > others ? target : others;
     RowShare<T> all = MergeRows::none<RowShare<T>>();
-    if (counts) all = kept_share(p, who, kept, top, merge.weigh_gap);
+    if (counts) all = kept_share<Packs>(p, who, kept, top, merge.weigh_gap);
     all = who.reduce(all, merge, share_scratch);
     math::RowSums<T> s = sums_of(p, row, counts, target, top, all);
     if (p.has_off()) {
       Two<T> off{0, 0};
-      if (counts) off = kept_off(p, who, kept, top + math::row_terms(s, p.c.smoothing).log_total);
+      if (counts) off = kept_off<Packs>(p, who, kept, top + math::row_terms(s, p.c.smoothing).log_total);
       off = who.reduce(off, Add(), off_scratch);
       s.off_value = off.first;
       s.off_slope = off.second;
@@ -143,7 +115,7 @@ __global__ void __launch_bounds__(kept_threads<S>) kept_rows(RowInput<S> p, RowT
     const math::RowSlopes<T> slopes = counts ? math::row_slopes(s, p.c) : math::RowSlopes<T>{};
     if (who.rank == 0) out.losses[row] = slopes.loss;
     const double weight = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[row]);
-    write_kept(p, who, row, counts, kept, scaled(slopes, static_cast<T>(weight / divisor) * p.scale), grad);
+    write_kept<Packs>(p, who, row, counts, kept, scaled(slopes, static_cast<T>(weight / divisor) * p.scale), grad);
   }
 }
 
@@ -157,11 +129,13 @@ __global__ void __launch_bounds__(row_threads) scale_gradient(S* grad, int64_t n
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 
+// Threads that share a row. Blocks are small where a multiprocessor has room for several rows, so that one reads while
+// another computes.
 template <class S>
 int kept_lanes(int64_t classes) {
-  if (classes <= 4096) return row_lanes<S>(classes);
-  const int wanted = classes <= (1 << 14) ? 512 : 1024;
-  return wanted < kept_threads<S> ? wanted : kept_threads<S>;
+  const int64_t bytes = classes * static_cast<int64_t>(sizeof(computed_t<S>));
+  const int lanes = bytes <= 56 << 10 ? row_lanes<S>(classes) : (bytes <= 112 << 10 ? 512 : 1024);
+  return lanes < kept_threads<S> ? lanes : kept_threads<S>;
 }
 
 // Bytes of shared memory that a block needs for its rows.
@@ -183,7 +157,7 @@ void kept_rows_on(const RowProblem& p, const void* weight, int kind, double numb
   if (out.kind != RowDivisor::number) add_up_rows(input, divisor, stream);
   Launch on = row_launch(p.rows, input.lanes, row_most_blocks, stream);
   on.shared = static_cast<int>(kept_bytes<S>(p.classes));
-  launch(kept_rows<S>, on, input, out, static_cast<S*>(grad));
+  launch(input.packs ? kept_rows<S, true> : kept_rows<S, false>, on, input, out, static_cast<S*>(grad));
   add_up_rows(input, out, stream);
 }
 

@@ -16,6 +16,7 @@ using math::PairIds;
 using math::PairRule;
 
 constexpr int pairwise_threads = 256;
+constexpr int pairwise_resident = 2;  // blocks on a multiprocessor, at least: what registers are shared out for
 constexpr int64_t pairwise_most_blocks = 1 << 16;
 
 CP_DEVICE bool meets(int rule, PairIds<int64_t> query, PairIds<int64_t> key) {
@@ -28,7 +29,7 @@ CP_DEVICE bool meets(int rule, PairIds<int64_t> query, PairIds<int64_t> key) {
   }
 }
 
-CP_DEVICE bool asks_ids(int rule) {
+CP_INLINE bool asks_ids(int rule) {
   return static_cast<PairRule>(rule) != PairRule::every && static_cast<PairRule>(rule) != PairRule::none;
 }
 
@@ -37,17 +38,31 @@ CP_DEVICE PairIds<int64_t> key_of(const PairTile& p, int64_t column) {
   return {p.key_row[column], p.key_label[column]};
 }
 
-CP_DEVICE bool is_positive(const PairTile& p, int64_t query, int64_t key) {
-  return asks_ids(p.positive) && meets(p.positive, query_of(p, query), key_of(p, key));
-}
+// A row of a tile, with what its pairs have in common. Rules: whether a rule asks for ids.
+template <bool Rules>
+struct PairRow {
+  const PairTile& p;
+  int64_t query;
+  PairIds<int64_t> ids;
+  int64_t itself;  // the key that is no candidate, -1 = none
 
-template <class T>
-CP_DEVICE T logit(const PairTile& p, int64_t query, int64_t key, T product) {
-  if (asks_ids(p.candidate) && !meets(p.candidate, query_of(p, query), key_of(p, key))) return -math::infinity<T>;
-  if (p.itself != nullptr && p.itself[query] == key) return -math::infinity<T>;
-  const T x = static_cast<T>(p.sharpness) * product;
-  return p.log_weight == nullptr ? x : x + static_cast<const T*>(p.log_weight)[key];
-}
+  CP_DEVICE PairRow(const PairTile& p, int64_t query)
+      : p(p), query(query), ids{}, itself(p.itself == nullptr ? -1 : p.itself[query]) {
+    if (Rules && p.query_row != nullptr) ids = query_of(p, query);
+  }
+  CP_DEVICE bool is_positive(int64_t key) const {
+    return Rules && asks_ids(p.positive) && meets(p.positive, ids, key_of(p, key));
+  }
+  template <class T>
+  CP_DEVICE T logit(int64_t key, T product) const {
+    if (Rules && asks_ids(p.candidate) && !meets(p.candidate, ids, key_of(p, key))) return -math::infinity<T>;
+    if (key == itself) return -math::infinity<T>;
+    const T x = static_cast<T>(p.sharpness) * product;
+    return p.log_weight == nullptr ? x : x + static_cast<const T*>(p.log_weight)[key];
+  }
+};
+
+inline bool has_rules(const PairTile& p) { return asks_ids(p.positive) || asks_ids(p.candidate); }
 
 // Calls f(column in the tile, probability) for the positives by index of a query, from `first` on by `step`.
 template <class T, class F>
@@ -65,29 +80,27 @@ CP_DEVICE void for_indexed(const PairTile& p, int64_t query, int64_t start, int6
 template <class T>
 constexpr int pair_width = pack_width<T>;
 
-// Calls f(products of some columns, the first of them, distance) for all that this thread has of a row; what lies beyond
-// is zero. With `write` they are put back.
-template <class T, class F>
-CP_DEVICE void for_columns(const PairTile& p, T* s, bool packs, bool write, F&& f) {
+// Calls f(products of columns c, c + step, ..., c, step) for all that this thread has of a row; what lies beyond is zero.
+// With Write they are put back.
+template <bool Packs, bool Write, class T, class F>
+CP_DEVICE void for_columns(T* s, int columns, F&& f) {
   constexpr int width = pair_width<T>;
-  const int64_t step = packs ? 1 : blockDim.x;
-#pragma unroll 2  // so that several loads are under way before the first is used
-  for (int64_t c = packs ? threadIdx.x * width : threadIdx.x; c < p.columns; c += blockDim.x * width) {
+  const int threads = static_cast<int>(blockDim.x), step = Packs ? 1 : threads;
+#pragma unroll 4  // so that several loads are under way before the first is used
+  for (int c = static_cast<int>(threadIdx.x) * (Packs ? width : 1); c < columns; c += threads * width) {
     T x[width];
-    if (packs) {
+    if constexpr (Packs) {
       load_pack(s + c, x);
     } else {
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = c + k * step < p.columns ? s[c + k * step] : T(0);
+      for (int k = 0; k < width; ++k) x[k] = c + k * step < columns ? s[c + k * step] : T(0);
     }
     f(x, c, step);
-    if (!write) continue;
-    if (packs) {
-      store_pack(x, s + c);
-    } else {
+    if constexpr (Write && Packs) store_pack(x, s + c);
+    if constexpr (Write && !Packs) {
 #pragma unroll
       for (int k = 0; k < width; ++k)
-        if (c + k * step < p.columns) s[c + k * step] = x[k];
+        if (c + k * step < columns) s[c + k * step] = x[k];
     }
   }
 }
@@ -126,27 +139,30 @@ struct MergePairs {
 };
 
 // The sums of a row's candidates that this thread has, and of its positives by rule: their products and number.
-template <class T>
-CP_DEVICE PairShare<T> pair_share(const PairTile& p, int64_t query, T* s, bool packs, Two<T>& positives) {
+template <bool Packs, bool Rules, class T>
+CP_DEVICE PairShare<T> pair_share(const PairRow<Rules>& row, T* s, int columns, Two<T>& positives) {
   constexpr int width = pair_width<T>;
   const MergePairs merge;
   PairShare<T> mine = MergePairs::none<PairShare<T>>();
-  for_columns(p, s, packs, false, [&](const T(&product)[width], int64_t c, int64_t step) {
+  for_columns<Packs, false>(s, columns, [&](const T(&product)[width], int c, int step) {
     T x[width], top = mine.top;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const int64_t at = c + k * step, key = p.first_column + at;
-      x[k] = at < p.columns ? logit(p, query, key, product[k]) : -math::infinity<T>;
+      const int at = c + k * step;
+      const int64_t key = row.p.first_column + at;
+      const bool here = Packs || at < columns;
+      x[k] = here ? row.logit(key, product[k]) : -math::infinity<T>;
       top = x[k] > top ? x[k] : top;
-      if (at >= p.columns || !is_positive(p, query, key)) continue;
+      if (!here || !row.is_positive(key)) continue;
       positives.first += product[k];
       positives.second += T(1);
     }
     mine = merge.raised(mine, top);
+    const T base = top > -math::infinity<T> ? top : T(0);  // inf - inf would be NaN
     T total = 0, dot = 0;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const T e = x[k] == -math::infinity<T> ? T(0) : math::exp(x[k] - top);
+      const T e = math::exp(x[k] - base);
       total += e;
       dot += e == 0 ? T(0) : e * product[k];
     }
@@ -156,18 +172,20 @@ CP_DEVICE PairShare<T> pair_share(const PairTile& p, int64_t query, T* s, bool p
   return mine;
 }
 
-template <class T>
-__global__ void __launch_bounds__(pairwise_threads) pairwise_rows_kernel(PairTile p, PairwiseSums out, bool packs) {
+template <class T, bool Packs, bool Rules>
+__global__ void __launch_bounds__(pairwise_threads, pairwise_resident) pairwise_rows_kernel(PairTile p, PairwiseSums out) {
   constexpr int width = pair_width<T>;
   __shared__ PairShare<T> shares[warp_size];
   __shared__ Two<T> paired[warp_size];
   const MergePairs merge;
+  const int columns = static_cast<int>(p.columns);
   for (int64_t i = blockIdx.x; i < p.rows; i += gridDim.x) {
-    const int64_t query = p.first_row + i;
-    T* s = static_cast<T*>(p.products) + i * p.columns;
+    const PairRow<Rules> row(p, p.first_row + i);
+    const int64_t query = row.query;
+    T* s = static_cast<T*>(p.products) + i * columns;
     Two<T> positives{0, 0};
-    PairShare<T> sums = pair_share(p, query, s, packs, positives);
-    for_indexed<T>(p, query, p.first_column, p.columns, threadIdx.x, blockDim.x,
+    PairShare<T> sums = pair_share<Packs>(row, s, columns, positives);
+    for_indexed<T>(p, query, p.first_column, columns, threadIdx.x, blockDim.x,
                    [&](int64_t c, T t) { positives.first += t * s[c]; });
     if (out.similarity != nullptr) positives = block_reduce(positives, Add(), paired);
     sums = block_reduce(sums, merge, shares);
@@ -176,10 +194,10 @@ __global__ void __launch_bounds__(pairwise_threads) pairwise_rows_kernel(PairTil
     const T faded = before == top ? T(1) : math::exp(before - shift);
     sums = merge.raised(sums, top);
     if (out.keep)
-      for_columns(p, s, packs, true, [&](T(&x)[width], int64_t c, int64_t step) {
+      for_columns<Packs, true>(s, columns, [&](T(&x)[width], int c, int step) {
 #pragma unroll
         for (int k = 0; k < width; ++k)
-          if (c + k * step < p.columns) x[k] = math::exp(logit(p, query, p.first_column + c + k * step, x[k]) - shift);
+          if (Packs || c + k * step < columns) x[k] = math::exp(row.logit(p.first_column + c + k * step, x[k]) - shift);
       });
     if (out.mean_key != nullptr && faded != 1) {
       T* mean = static_cast<T*>(out.mean_key) + query * out.width;
@@ -213,36 +231,48 @@ CP_DEVICE RowOfSlopes<T> slopes_of_row(const PairwiseSlopes& d, int64_t row) {
   return {at(d.log_sum), at(d.slope), at(d.pull), at(d.bend), at(d.middle)};
 }
 
-template <class T>
-CP_DEVICE T slope_of_pair(const PairTile& p, const PairwiseSlopes& d, const RowOfSlopes<T>& of, int64_t query, int64_t key,
+template <bool Rules, class T>
+CP_DEVICE T slope_of_pair(const PairRow<Rules>& row, const PairwiseSlopes& d, const RowOfSlopes<T>& of, int64_t key,
                           T product) {
-  const T e = math::exp(logit(p, query, key, product) - of.log_sum);
+  const T e = math::exp(row.logit(key, product) - of.log_sum);
   T slope = e * of.slope;
   if (d.bend != nullptr && key >= d.fixed) slope = e == 0 ? T(0) : e * (of.slope + of.bend * (product - of.middle));
-  if (d.pull != nullptr && is_positive(p, query, key)) slope += of.pull;
-  if (!d.mirrored) return slope;
-  const auto at = [&](const void* x) { return static_cast<const T*>(x)[key]; };
-  slope += math::exp(logit(p, key, query, product) - at(d.log_sum)) * at(d.slope);
-  if (d.pull != nullptr && is_positive(p, key, query)) slope += at(d.pull);
+  if (d.pull != nullptr && row.is_positive(key)) slope += of.pull;
   return slope;
 }
 
-template <class T>
-__global__ void __launch_bounds__(pairwise_threads) pairwise_slopes_kernel(PairTile p, PairwiseSlopes d, bool packs) {
+// What the pair gives where the key is the query: then the rows are the keys.
+template <bool Rules, class T>
+CP_DEVICE T slope_of_mirror(const PairTile& p, const PairwiseSlopes& d, int64_t query, int64_t key, T product) {
+  const PairRow<Rules> row(p, key);
+  const auto at = [&](const void* x) { return static_cast<const T*>(x)[key]; };
+  const T slope = math::exp(row.logit(query, product) - at(d.log_sum)) * at(d.slope);
+  return d.pull != nullptr && row.is_positive(query) ? slope + at(d.pull) : slope;
+}
+
+template <class T, bool Packs, bool Rules>
+__global__ void __launch_bounds__(pairwise_threads, pairwise_resident)
+    pairwise_slopes_kernel(PairTile p, PairwiseSlopes d) {
   constexpr int width = pair_width<T>;
+  const int columns = static_cast<int>(p.columns);
   for (int64_t i = blockIdx.x; i < p.rows; i += gridDim.x) {
-    const int64_t query = p.first_row + i;
-    T* s = static_cast<T*>(p.products) + i * p.columns;
-    const RowOfSlopes<T> of = slopes_of_row<T>(d, query);
-    for_columns(p, s, packs, true, [&](T(&x)[width], int64_t c, int64_t step) {
+    const PairRow<Rules> row(p, p.first_row + i);
+    T* s = static_cast<T*>(p.products) + i * columns;
+    const RowOfSlopes<T> of = slopes_of_row<T>(d, row.query);
+    for_columns<Packs, true>(s, columns, [&](T(&x)[width], int c, int step) {
 #pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (c + k * step < p.columns) x[k] = slope_of_pair(p, d, of, query, p.first_column + c + k * step, x[k]);
+      for (int k = 0; k < width; ++k) {
+        if (!Packs && c + k * step >= columns) continue;
+        const int64_t key = p.first_column + c + k * step;
+        const T product = x[k];
+        x[k] = slope_of_pair(row, d, of, key, product);
+        if (d.mirrored) x[k] += slope_of_mirror<Rules>(p, d, row.query, key, product);
+      }
     });
     if (d.pull == nullptr || p.index == nullptr) continue;
     __syncthreads();
     if (threadIdx.x == 0)  // an index may come twice
-      for_indexed<T>(p, query, p.first_column, p.columns, 0, 1, [&](int64_t c, T t) { s[c] += t * of.pull; });
+      for_indexed<T>(p, row.query, p.first_column, columns, 0, 1, [&](int64_t c, T t) { s[c] += t * of.pull; });
   }
 }
 
@@ -261,34 +291,43 @@ __global__ void __launch_bounds__(pairwise_threads) pairwise_pull_back_kernel(Pa
 
 // The sign of a pair, 0 where the key does not count.
 template <class T>
-CP_DEVICE T sign_of_pair(const PairTile& p, int64_t query, int64_t key) {
+CP_DEVICE T sign_of_pair(const PairRow<true>& row, int64_t key) {
+  const PairTile& p = row.p;
   if (p.log_weight != nullptr && static_cast<const T*>(p.log_weight)[key] == -math::infinity<T>) return T(0);
-  bool positive = is_positive(p, query, key);
-  for_indexed<T>(p, query, key, 1, 0, 1, [&](int64_t, T) { positive = true; });
+  bool positive = row.is_positive(key);
+  for_indexed<T>(p, row.query, key, 1, 0, 1, [&](int64_t, T) { positive = true; });
   return positive ? T(1) : T(-1);
 }
 
 // Costs are summed, or with `upstream` their slopes, which then replace the products.
-template <class T>
-__global__ void __launch_bounds__(pairwise_threads)
+template <class T, bool Packs>
+__global__ void __launch_bounds__(pairwise_threads, pairwise_resident)
     pairwise_sigmoid_kernel(PairTile p, const T* bias, const T* upstream, T* sums) {
+  constexpr int width = pair_width<T>;
   __shared__ T scratch[warp_size];
   const T b = *bias;
+  const int columns = static_cast<int>(p.columns);
   for (int64_t i = blockIdx.x; i < p.rows; i += gridDim.x) {
-    const int64_t query = p.first_row + i;
-    T* s = static_cast<T*>(p.products) + i * p.columns;
+    const PairRow<true> row(p, p.first_row + i);
+    T* s = static_cast<T*>(p.products) + i * columns;
+    const T by = upstream == nullptr ? T(0) : upstream[row.query];
     T sum = 0;
-    for (int64_t c = threadIdx.x; c < p.columns; c += blockDim.x) {
-      const T sign = sign_of_pair<T>(p, query, p.first_column + c);
-      const auto pair = math::log_sigmoid(sign * (s[c] + b));
-      T value = pair.cost;
-      if (upstream != nullptr) value = pair.slope * sign * upstream[query];
-      value = sign == 0 ? T(0) : value;
-      sum += value;
-      if (upstream != nullptr) s[c] = value;
-    }
+    const auto take = [&](T(&x)[width], int c, int step) {
+      T pack = 0;
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        if (!Packs && c + k * step >= columns) continue;
+        const T sign = sign_of_pair<T>(row, p.first_column + c + k * step);
+        const auto pair = math::log_sigmoid(sign * (x[k] + b));
+        const T value = upstream == nullptr ? pair.cost : pair.slope * sign * by;
+        x[k] = sign == 0 ? T(0) : value;
+        pack += x[k];
+      }
+      sum += pack;
+    };
+    upstream == nullptr ? for_columns<Packs, false>(s, columns, take) : for_columns<Packs, true>(s, columns, take);
     sum = block_reduce(sum, Add(), scratch);
-    if (threadIdx.x == 0) sums[query] += sum;
+    if (threadIdx.x == 0) sums[row.query] += sum;
   }
 }
 
@@ -307,13 +346,21 @@ bool pair_packs(const PairTile& p) {
 
 template <class T>
 void pairwise_rows_on(const PairTile& p, const PairwiseSums& sums, void* stream) {
-  if (p.rows > 0) launch(pairwise_rows_kernel<T>, by_rows(p, stream), p, sums, pair_packs<T>(p));
+  if (p.rows == 0) return;
+  const bool packs = pair_packs<T>(p);
+  const auto kernel = has_rules(p) ? (packs ? pairwise_rows_kernel<T, true, true> : pairwise_rows_kernel<T, false, true>)
+                                   : (packs ? pairwise_rows_kernel<T, true, false> : pairwise_rows_kernel<T, false, false>);
+  launch(kernel, by_rows(p, stream), p, sums);
 }
 
 template <class T>
 void pairwise_slopes_on(const PairTile& p, const PairwiseSlopes& slopes, void* stream) {
   if (p.rows == 0 || p.columns == 0) return;
-  launch(pairwise_slopes_kernel<T>, by_rows(p, stream), p, slopes, pair_packs<T>(p));
+  const bool packs = pair_packs<T>(p);
+  const auto kernel = has_rules(p)
+                          ? (packs ? pairwise_slopes_kernel<T, true, true> : pairwise_slopes_kernel<T, false, true>)
+                          : (packs ? pairwise_slopes_kernel<T, true, false> : pairwise_slopes_kernel<T, false, false>);
+  launch(kernel, by_rows(p, stream), p, slopes);
   if (!slopes.mirrored || slopes.pull == nullptr || p.index == nullptr) return;
   const int64_t blocks = (p.columns + pairwise_threads - 1) / pairwise_threads;
   launch(pairwise_pull_back_kernel<T>, Launch{blocks, pairwise_threads, stream}, p, slopes);
@@ -322,8 +369,8 @@ void pairwise_slopes_on(const PairTile& p, const PairwiseSlopes& slopes, void* s
 template <class T>
 void pairwise_sigmoid_on(const PairTile& p, const void* bias, const void* upstream, void* sums, void* stream) {
   if (p.rows == 0) return;
-  launch(pairwise_sigmoid_kernel<T>, by_rows(p, stream), p, static_cast<const T*>(bias),
-         static_cast<const T*>(upstream), static_cast<T*>(sums));
+  launch(pair_packs<T>(p) ? pairwise_sigmoid_kernel<T, true> : pairwise_sigmoid_kernel<T, false>, by_rows(p, stream), p,
+         static_cast<const T*>(bias), static_cast<const T*>(upstream), static_cast<T*>(sums));
 }
 
 }  // namespace counterpoise::cuda

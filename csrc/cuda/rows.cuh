@@ -11,8 +11,9 @@
 namespace counterpoise::cuda {
 
 constexpr int row_threads = 256;
+constexpr int row_resident = 2;            // blocks on a multiprocessor, at least: what registers are shared out for
 constexpr int64_t row_of_warp = 1024;      // classes up to which a row is a warp's, or less
-constexpr int64_t row_slice = 1 << 13;     // classes of a row that one group writes the gradient of
+constexpr int row_slice = 1 << 13;     // classes of a row that one group writes the gradient of
 constexpr int64_t row_most_blocks = 1 << 16;
 constexpr int64_t row_partials = 1024;     // blocks that share a sum over rows, at most
 
@@ -23,9 +24,10 @@ struct RowInput {
   const int64_t* target;
   const uint8_t* mask;
   const T *additive, *multiplicative, *margin, *class_weight;
-  int64_t rows, classes, ignore_index;
+  int64_t rows, ignore_index;
+  int classes;
   T scale;
-  bool packs;  // whether every row may be read and written in packs
+  bool packs;  // whether every row, and what goes with its classes, may be read and written in packs
   int lanes;   // threads that share a row: a power of two in a warp, or the block
   math::RowParameters<T> c;
 
@@ -106,56 +108,114 @@ struct RowGroup {
   }
 };
 
-// visit(adjusted logits, how many, first class, distance) for all that this thread has of classes [from, to); the target
-// is given as -infinity, as a masked class would be.
-template <class S, class F>
-CP_DEVICE void for_classes(const RowInput<S>& p, const RowGroup& who, int64_t row, int64_t from, int64_t to, F&& visit) {
+// ---- neighbours that a thread takes together: classes j, j + step, ... below `to` ------------------------------------
+
+// With Packs they are side by side, and 16 bytes or so are read at once; else the threads of a row read side by side.
+template <bool Packs, class X, class T, int N>
+CP_DEVICE void read_classes(const X* from, int j, int step, int to, T beyond, T (&x)[N]) {
+  if constexpr (Packs) {
+    load_pack(from + j, x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = j + k * step < to ? static_cast<T>(widen(from[j + k * step])) : beyond;
+  }
+}
+
+template <bool Packs, class X, class T, int N>
+CP_DEVICE void write_classes(const T (&x)[N], X* out, int j, int step, int to) {
+  if constexpr (Packs) {
+    store_pack(x, out + j);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (j + k * step < to) out[j + k * step] = Narrow<X>::from(x[k]);
+  }
+}
+
+// Puts `value` at class y, where it is among them.
+template <bool Packs, class T, int N>
+CP_DEVICE void put_at(int y, T value, int j, int step, T (&x)[N]) {
+  if (Packs && (y < j || y >= j + N)) return;
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = j + k * step == y ? value : x[k];
+}
+
+// RowInput::adjusted of all of them.
+template <bool Packs, class S, class T, int N>
+CP_DEVICE void adjust(const RowInput<S>& p, int j, int step, int to, T (&u)[N]) {
+  if (p.additive != nullptr || p.multiplicative != nullptr) {
+    T factor[N], shift[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) factor[k] = 1, shift[k] = 0;
+    if (p.multiplicative != nullptr) read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
+    if (p.additive != nullptr) read_classes<Packs>(p.additive, j, step, to, T(0), shift);
+#pragma unroll
+    for (int k = 0; k < N; ++k) u[k] = multiply_add(u[k], factor[k], shift[k]);
+  }
+  if (p.scale == 1) return;
+#pragma unroll
+  for (int k = 0; k < N; ++k) u[k] = multiply(u[k], p.scale);
+}
+
+// visit(adjusted logits, first class, distance) for all that this thread has of classes [from, to); the target and what
+// lies beyond are given as -infinity, as a masked class would be.
+template <bool Packs, class S, class F>
+CP_DEVICE void for_classes(const RowInput<S>& p, const RowGroup& who, int64_t row, int from, int to, F&& visit) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   const S* z = p.logits + row * p.classes;
-  const int64_t y = p.target[row];
-  const int step = p.packs ? 1 : who.lanes;
+  const int y = static_cast<int>(p.target[row]), step = Packs ? 1 : who.lanes;
 #pragma unroll 4  // so that several loads are under way before the first is used
-  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to; j += static_cast<int64_t>(who.lanes) * width) {
+  for (int j = from + who.rank * (Packs ? width : 1); j < to; j += who.lanes * width) {
     T u[width];
-    if (p.packs) {
-      load_pack(z + j, u);
-    } else {
-#pragma unroll
-      for (int k = 0; k < width; ++k) u[k] = j + k * step < to ? static_cast<T>(widen(z[j + k * step])) : T(0);
-    }
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int64_t at = j + k * step;
-      u[k] = at >= to || at == y ? -math::infinity<T> : p.adjusted(u[k], at);
-    }
+    read_classes<Packs>(z, j, step, to, -math::infinity<T>, u);
+    adjust<Packs>(p, j, step, to, u);
+    put_at<Packs>(y, -math::infinity<T>, j, step, u);
     visit(u, j, step);
   }
 }
 
-template <class S, class Merge>
-CP_DEVICE RowShare<computed_t<S>> share_of(const RowInput<S>& p, const RowGroup& who, int64_t row, const Merge& merge) {
+// ---- sums of a row ----------------------------------------------------------------------------------------------
+
+// Adds what smoothing asks for.
+template <class S, class T, int N>
+CP_DEVICE void add_smoothed(const RowInput<S>& p, const T (&u)[N], T top, int j, int step, bool weigh_gap,
+                            RowShare<T>& to) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    if (!(u[k] > -math::infinity<T>)) continue;
+    const T w = p.weight(j + k * step);
+    to.live += 1;
+    to.weight += w;
+    to.gap += (weigh_gap ? w : T(1)) * (u[k] - top);
+  }
+}
+
+// exp(u - top) in place, and their sum: of few terms, which rounds less than a running one.
+template <class T, int N>
+CP_DEVICE T exponentials(T (&u)[N], T top) {
+  const T base = top > -math::infinity<T> ? top : T(0);  // inf - inf would be NaN
+  T sum = 0;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    u[k] = math::exp(u[k] - base);
+    sum += u[k];
+  }
+  return sum;
+}
+
+template <bool Packs, class S>
+CP_DEVICE RowShare<computed_t<S>> share_of(const RowInput<S>& p, const RowGroup& who, int64_t row, const MergeRows& merge) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
-  RowShare<T> mine = Merge::template none<RowShare<T>>();
-  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t j, int step) {
+  RowShare<T> mine = MergeRows::none<RowShare<T>>();
+  for_classes<Packs>(p, who, row, 0, p.classes, [&](T(&u)[width], int j, int step) {
     T top = mine.top;
 #pragma unroll
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
     mine = merge.raised(mine, top);
-    T sum = 0;
-#pragma unroll
-    for (int k = 0; k < width; ++k) sum += u[k] == -math::infinity<T> ? T(0) : math::exp(u[k] - top);
-    mine.sum += sum;
-    if (p.c.smoothing == 0) return;
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      if (!(u[k] > -math::infinity<T>)) continue;
-      const T w = p.weight(j + k * step);
-      mine.live += 1;
-      mine.weight += w;
-      mine.gap += (merge.weigh_gap ? w : T(1)) * (u[k] - top);
-    }
+    if (p.c.smoothing != 0) add_smoothed(p, u, top, j, step, merge.weigh_gap, mine);
+    mine.sum += exponentials(u, top);
   });
   return mine;
 }
@@ -174,12 +234,12 @@ CP_DEVICE void add_off(const RowInput<S>& p, const computed_t<S> (&u)[N], comput
   }
 }
 
-template <class S>
+template <bool Packs, class S>
 CP_DEVICE Two<computed_t<S>> off_of(const RowInput<S>& p, const RowGroup& who, int64_t row, computed_t<S> shift) {
-  constexpr int width = row_width<S>;
   using T = computed_t<S>;
   Two<T> mine{0, 0};
-  for_classes(p, who, row, 0, p.classes, [&](const T(&u)[width], int64_t, int) { add_off(p, u, shift, mine); });
+  for_classes<Packs>(p, who, row, 0, p.classes,
+                     [&](const T(&u)[row_width<S>], int, int) { add_off(p, u, shift, mine); });
   return mine;
 }
 
@@ -195,15 +255,6 @@ CP_DEVICE math::RowSlopes<T> scaled(const math::RowSlopes<T>& s, T by) {
   return {s.loss, s.top, s.log_total, s.exponent * by, s.label * by, s.target * by};
 }
 
-// What a thread has of a row's gradient.
-template <class S, int N>
-CP_DEVICE void write_classes(const RowInput<S>& p, const computed_t<S> (&g)[N], S* out, int64_t j, int step, int64_t to) {
-  if (p.packs) return store_pack(g, out + j);
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
-}
-
 template <class T>
 CP_DEVICE void write_slopes(const math::RowSlopes<T>& s, int64_t row, T* losses, T* state) {
   losses[row] = s.loss;
@@ -215,8 +266,9 @@ CP_DEVICE void write_slopes(const math::RowSlopes<T>& s, int64_t row, T* losses,
   state[4] = s.target;
 }
 
-template <class S>
-__global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, computed_t<S>* losses, computed_t<S>* state) {
+template <class S, bool Packs>
+__global__ void __launch_bounds__(row_threads, row_resident)
+    rows_forward(RowInput<S> p, computed_t<S>* losses, computed_t<S>* state) {
   using T = computed_t<S>;
   __shared__ RowShare<T> share_scratch[warp_size];
   __shared__ Two<T> off_scratch[warp_size];
@@ -226,7 +278,7 @@ __global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, compu
     const int64_t row = base + who.index;
     const bool counts = row < p.rows && p.counts(row);
     RowShare<T> all = MergeRows::none<RowShare<T>>();
-    if (counts) all = share_of(p, who, row, merge);
+    if (counts) all = share_of<Packs>(p, who, row, merge);
     all = who.reduce(all, merge, share_scratch);
     const T target = counts ? p.at_target(row) : T(0), top = target > all.top ? target : all.top;
     all = merge.raised(all, top);
@@ -234,7 +286,7 @@ __global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, compu
     if (p.has_off()) {
       const T shift = top + math::row_terms(s, p.c.smoothing).log_total;
       Two<T> off{0, 0};
-      if (counts) off = off_of(p, who, row, shift);
+      if (counts) off = off_of<Packs>(p, who, row, shift);
       off = who.reduce(off, Add(), off_scratch);
       s.off_value = off.first;
       s.off_slope = off.second;
@@ -244,44 +296,58 @@ __global__ void __launch_bounds__(row_threads) rows_forward(RowInput<S> p, compu
   }
 }
 
-// The gradient at one class that is not the target.
-template <class S>
-CP_DEVICE computed_t<S> slope_at(const RowInput<S>& p, computed_t<S> u, int64_t j, const math::RowSlopes<computed_t<S>>& s) {
-  using T = computed_t<S>;
-  T g = s.exponent * math::exp(u - s.top);
-  if (p.c.smoothing == 0 || !(u > -math::infinity<T>)) return g * p.factor(j);
-  if (p.c.kind == math::RowKind::asymmetric) {
-    T value, slope;
-    math::fading_other(u - s.top - s.log_total, p.c.gamma_neg.value, p.c.detach, value, slope);
-    g += s.label * slope;
-  } else {
-    g += s.label * (p.c.kind == math::RowKind::cross_entropy ? p.weight(j) : T(1));
-  }
-  return g * p.factor(j);
+// What smoothing adds to the slope of a class that is not masked.
+template <class S, class T>
+CP_DEVICE T smoothed_slope(const RowInput<S>& p, T u, int j, const math::RowSlopes<T>& s) {
+  if (p.c.kind == math::RowKind::cross_entropy) return s.label * p.weight(j);
+  if (p.c.kind == math::RowKind::focal) return s.label;
+  T value, slope;
+  math::fading_other(u - s.top - s.log_total, p.c.gamma_neg.value, p.c.detach, value, slope);
+  return s.label * slope;
 }
 
-template <class S>
-__global__ void __launch_bounds__(row_threads, 2)
+// Exponentials to slopes of the logits; u: the adjusted logits where there is smoothing.
+template <bool Packs, class S, class T, int N>
+CP_DEVICE void slopes_of(const RowInput<S>& p, const math::RowSlopes<T>& s, int y, const T (&u)[N], int j, int step, int to,
+                         T (&e)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) e[k] *= s.exponent;
+  if (p.c.smoothing != 0) {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (u[k] > -math::infinity<T>) e[k] += smoothed_slope(p, u[k], j + k * step, s);
+  }
+  put_at<Packs>(y, s.target, j, step, e);
+  if (p.multiplicative == nullptr) return;
+  T factor[N];
+  read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
+#pragma unroll
+  for (int k = 0; k < N; ++k) e[k] *= factor[k];
+}
+
+template <class S, bool Packs>
+__global__ void __launch_bounds__(row_threads, row_resident)
     rows_gradient(RowInput<S> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   const RowGroup who(p.lanes);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
   for (int64_t item = who.base + who.index; item < p.rows * slices; item += who.stride) {
-    const int64_t row = item / slices, from = item % slices * row_slice;
-    const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
+    const int64_t row = item / slices;
+    const int from = static_cast<int>(item % slices) * row_slice, to = p.classes - from < row_slice ? p.classes : from + row_slice;
     const bool counts = p.counts(row);
     const T* its = state + row * row_state;
     const auto s = scaled(math::RowSlopes<T>{0, its[0], its[1], its[2], its[3], its[4]}, by_row[row] * p.scale);
-    const int64_t y = p.target[row];
-    for_classes(p, who, row, from, to, [&](const T(&u)[width], int64_t j, int step) {
+    const int y = static_cast<int>(p.target[row]);
+    for_classes<Packs>(p, who, row, from, to, [&](const T(&u)[width], int j, int step) {
       T g[width];
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const int64_t at = j + k * step;
-        g[k] = !counts || at >= to ? T(0) : (at == y ? s.target * p.factor(y) : slope_at(p, u[k], at, s));
+      for (int k = 0; k < width; ++k) g[k] = counts ? u[k] : T(0);
+      if (counts) {
+        exponentials(g, s.top);
+        slopes_of<Packs>(p, s, y, u, j, step, to, g);
       }
-      write_classes(p, g, grad + row * p.classes, j, step, to);
+      write_classes<Packs>(g, grad + row * p.classes, j, step, to);
     });
   }
 }
@@ -372,7 +438,8 @@ template <class S>
 RowInput<S> row_input(const RowProblem& p, const void* grad) {
   using T = computed_t<S>;
   constexpr int width = row_width<S>;
-  const bool packs = takes_packs<S, width>(p.logits, p.classes) && takes_packs<S, width>(grad, p.classes);
+  const bool packs = takes_packs<S, width>(p.logits, p.classes) && takes_packs<S, width>(grad, p.classes) &&
+                     takes_packs<T, width>(p.additive) && takes_packs<T, width>(p.multiplicative);
   return {static_cast<const S*>(p.logits),
           p.target,
           p.mask,
@@ -381,8 +448,8 @@ RowInput<S> row_input(const RowProblem& p, const void* grad) {
           static_cast<const T*>(p.margin),
           static_cast<const T*>(p.class_weight),
           p.rows,
-          p.classes,
           p.ignore_index,
+          static_cast<int>(p.classes),
           static_cast<T>(p.scale),
           packs,
           row_lanes<S>(p.classes),
@@ -400,7 +467,7 @@ template <class S>
 void rows_forward_on(const RowProblem& p, void* losses, void* state, void* stream) {
   using T = computed_t<S>;
   const RowInput<S> input = row_input<S>(p, nullptr);
-  launch(rows_forward<S>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input, static_cast<T*>(losses),
+  launch(input.packs ? rows_forward<S, true> : rows_forward<S, false>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input, static_cast<T*>(losses),
          static_cast<T*>(state));
 }
 
@@ -409,7 +476,7 @@ void rows_gradient_on(const RowProblem& p, const void* state, const void* by_row
   using T = computed_t<S>;
   const RowInput<S> input = row_input<S>(p, grad);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
-  launch(rows_gradient<S>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
+  launch(input.packs ? rows_gradient<S, true> : rows_gradient<S, false>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
          static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
 }
 
