@@ -69,6 +69,29 @@ class Loss(PreciseBuffers):
             return self._options.copy()
         return {name: getattr(self, name) for name in self._option_names}
 
+    # Where they are: every call reads both, and torch's search for them takes as long as a check of the input.
+    @property
+    def class_weight(self) -> Tensor | None:
+        """(C,) class weights of a loss that has them, None = ones."""
+        if "class_weight" in self._buffers:
+            return self._buffers["class_weight"]
+        raise AttributeError(f"{type(self).__name__} has no class_weight")
+
+    @class_weight.setter
+    def class_weight(self, value: Tensor | None) -> None:  # a registered buffer is set by torch before it comes here
+        raise AttributeError(f"{type(self).__name__} has no class_weight to set to {value}")
+
+    @property
+    def statistics(self) -> Any:
+        """The :class:`~counterpoise.memory.ClassStatistics` of a loss that has class counts."""
+        if "statistics" in self._modules:
+            return self._modules["statistics"]
+        raise AttributeError(f"{type(self).__name__} has no statistics")
+
+    @statistics.setter
+    def statistics(self, value: Any) -> None:  # nor does a module come here
+        raise AttributeError(f"statistics is {value!r}, expected a module that holds class counts")
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Options that are not tensors are at hand together: looking up each takes as long as a small loss."""
         super().__setattr__(name, value)

@@ -167,10 +167,9 @@ def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: 
     if mask is multiplicative is class_weight is weight is None and member == "rows" and z.is_cpu:
         kind, scale, smoothing, gamma, _, _, ignore_index, divisor, number = settings
         if smoothing == 0 and kind in _COMMON_KINDS and not seen_by_others(z, additive, margin):
-            vectors = (x if x is None else x.data_ptr() for x in (additive, margin))
-            sizes, formula = z.shape, (kind, scale, gamma, ignore_index, divisor, number)
-            places = value.data_ptr(), grad.data_ptr()
-            if not _common()(z.data_ptr(), _TYPES[z.dtype], y.data_ptr(), *vectors, *sizes, *formula, *places):
+            given = _address(y), _address(additive), _address(margin), *z.shape
+            formula = kind, scale, gamma, ignore_index, divisor, number
+            if not _common()(z.data_ptr(), _TYPES[z.dtype], *given, *formula, value.data_ptr(), grad.data_ptr()):
                 return
     _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)  # says what is wrong, where something is
 
@@ -182,6 +181,10 @@ def _times(grad: Tensor, upstream: Tensor) -> Tensor:
         return grad
     scale = upstream.item()
     return grad if scale == 1 else grad.mul_(scale)
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 class _Total(torch.autograd.Function):

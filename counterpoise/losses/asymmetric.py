@@ -181,7 +181,6 @@ class AsymmetricLoss(Loss):
         task="multilabel",
         source="Ben-Baruch et al., Asymmetric Loss For Multi-Label Classification, 2021, eq. 7",
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

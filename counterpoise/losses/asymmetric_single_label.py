@@ -148,7 +148,6 @@ class AsymmetricSingleLabelLoss(Loss):
         task="multiclass",
         source="Ben-Baruch et al., Asymmetric Loss For Multi-Label Classification, 2021, released single-label form",
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

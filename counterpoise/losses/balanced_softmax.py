@@ -71,7 +71,6 @@ class BalancedSoftmaxLoss(Loss):
         needs=("class_counts",),
         uses_prior=True,
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

@@ -121,7 +121,6 @@ class BinaryCrossEntropyLoss(Loss):
     """
 
     spec = Spec(task="multilabel", source="the likelihood of independent labels; torch.nn.BCEWithLogitsLoss")
-    class_weight: Tensor | None
     pos_weight: Tensor | None
 
     def __init__(

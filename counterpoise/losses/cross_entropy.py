@@ -60,7 +60,6 @@ class CrossEntropyLoss(Loss):
     """
 
     spec = Spec(task="multiclass", source="Maximum likelihood; label smoothing: Szegedy et al., 2016")
-    class_weight: Tensor | None
 
     def __init__(
         self,

@@ -94,7 +94,6 @@ class LDAMLoss(Loss):
         needs=("class_counts", "cosine_logits"),
         uses_prior=True,
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

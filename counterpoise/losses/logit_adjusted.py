@@ -99,7 +99,6 @@ class LogitAdjustedLoss(Loss):
         needs=("class_counts",),
         uses_prior=True,
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

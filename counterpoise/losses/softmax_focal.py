@@ -195,7 +195,6 @@ class SoftmaxFocalLoss(Loss):
     """
 
     spec = Spec(task="multiclass", source="Lin et al., Focal Loss for Dense Object Detection, 2017, softmax form")
-    class_weight: Tensor | None
 
     def __init__(
         self,

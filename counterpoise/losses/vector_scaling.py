@@ -111,7 +111,6 @@ class VectorScalingLoss(Loss):
         needs=("class_counts",),
         uses_prior=True,
     )
-    class_weight: Tensor | None
 
     def __init__(
         self,

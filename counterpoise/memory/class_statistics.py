@@ -181,8 +181,9 @@ class ClassStatistics(PreciseBuffers):
         if torch.compiler.is_compiling() or type(source) is not Tensor:
             return self._made(make, like, settings)
         key = (make, settings, like.dtype)
-        if key in self._derived:
-            before, version, vector = self._derived[key]
+        made = self._derived.get(key)
+        if made is not None:
+            before, version, vector = made
             if source.is_cpu and like.is_cpu and vector.is_cpu:
                 if torch.equal(source, before):
                     return vector

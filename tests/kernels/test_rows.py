@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from counterpoise import kernels
 from counterpoise.kernels import row_functions
@@ -336,6 +337,27 @@ def test_a_gradient_too_large_for_the_caches_is_the_same(rows: int, classes: int
     for start in range(0, rows, rows // 3):
         part = slice(start, start + rows // 3)
         assert torch.equal(whole[part], gradient(part))
+
+
+def test_who_follows_every_operator_sees_the_losses_too() -> None:
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    z, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    alone = torch.autograd.grad(cross_entropy_loss(z, target), z)[0]
+    with Names():
+        watched = torch.autograd.grad(cross_entropy_loss(z, target), z)[0]
+    assert "counterpoise.rows_total.default" in seen
+    assert torch.equal(alone, watched)
+
+
+def test_a_view_that_is_not_what_lies_at_its_address() -> None:
+    z, target = torch.complex(torch.zeros(4, 3), torch.randn(4, 3)).conj().imag, torch.tensor([0, 1, 2, 0])
+    assert z.is_neg()
+    agree(lambda x: cross_entropy_loss(x, target), z, rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
