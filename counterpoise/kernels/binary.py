@@ -1,9 +1,9 @@
 """Element-wise family: losses of independent labels, where each entry's value and slope come from its logit and label.
 
-The CPU kernel emits the gradient in the pass that makes the loss: the backward pass then hands it over, scaled in place
-where the upstream gradient is not one. What is differentiated a second time or by row is recomputed from the inputs,
-the second derivative through the plain reference. Sums are added in blocks of a fixed size, in order: the same result
-on every run and for every number of threads.
+The kernels emit the gradient in the pass that makes the loss, on an accelerator where there are no masks or weights:
+the backward pass then hands it over, scaled in place or made again where the upstream gradient is not one. What is
+differentiated a second time or by row is recomputed from the inputs, the second derivative through the plain reference.
+Sums are added in blocks of a fixed size, in order: the same result on every run and for every number of threads.
 """
 
 from __future__ import annotations
@@ -235,16 +235,18 @@ def _run_rows(z: Tensor, inputs: Inputs, settings: list[float]) -> tuple[Tensor,
 
 
 class _Total(torch.autograd.Function):
-    """The reduced loss. On the host the gradient comes with it, and the first backward pass takes it away."""
+    """The reduced loss. The gradient comes with it where it can, and the first backward pass takes it away."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Plain]) -> Tensor:
         ctx.call, (inputs, settings, _) = call, call
         ctx.save_for_backward(logits)
         value, z = scalar_like(logits), logits.contiguous()
-        # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it.
-        ctx.grad = gradient_like(z) if logits.is_cpu and logits.dtype != torch.float16 else None
-        ctx.divisor = _new(logits) if ctx.grad is None else None
+        # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it. On an
+        # accelerator it is made again where there is such a scale, of which the host does not know.
+        emits = logits.dtype != torch.float16 if logits.is_cpu else inputs[1] is inputs[2] is inputs[3] is None
+        ctx.grad = gradient_like(z) if emits else None
+        ctx.divisor = None if emits and logits.is_cpu else _new(logits, 2) if emits else _new(logits)
         _total_op(z, *inputs, settings, value, ctx.divisor, ctx.grad)
         return value
 
@@ -252,9 +254,7 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         again = wants_plain(upstream)
         if ctx.grad is not None and not again:
-            grad, ctx.grad = ctx.grad, None
-            scale = upstream.item()
-            return (grad if scale == 1 else grad.mul_(scale)), None
+            return _Total._handed_over(ctx, upstream), None
         inputs, settings, plain = ctx.call
         (logits,) = ctx.saved_tensors
         if again:
@@ -264,8 +264,19 @@ class _Total(torch.autograd.Function):
             ctx.divisor = _new(logits)
             _total_op(z, *inputs, settings, _new(logits), ctx.divisor, None)
         grad = gradient_like(z)
-        _total_backward_op(z, *inputs, settings, upstream, ctx.divisor, grad)
+        _total_backward_op(z, *inputs, settings, upstream, ctx.divisor.flatten()[0], grad)
         return grad, None
+
+    @staticmethod
+    def _handed_over(ctx: Any, upstream: Tensor) -> Tensor:
+        """The gradient that came with the loss, times what comes from above."""
+        grad, ctx.grad = ctx.grad, None
+        if grad.is_cpu:
+            scale = upstream.item()
+            return grad if scale == 1 else grad.mul_(scale)
+        inputs, settings, _ = ctx.call
+        _total_backward_op(ctx.saved_tensors[0].contiguous(), *inputs, settings, upstream, ctx.divisor, grad)
+        return grad
 
 
 class _Rows(torch.autograd.Function):

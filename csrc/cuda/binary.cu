@@ -1,5 +1,5 @@
 // Operators of the element-wise family on a GPU; the schemas stand in counterpoise/kernels/binary.py.
-#include "binary.cuh"
+#include "binary_both.cuh"
 
 #include "../cpu/binary_problem.h"
 #include "device.h"
@@ -27,9 +27,10 @@ void binary_rows(const Tensor& logits, const Tensor& target, std::optional<Tenso
 }
 
 void grad_into(const BinaryProblem& p, const void* by_row, const void* upstream, const void* divisor, bool mean,
-               Tensor& grad, void* stream) {
+               Tensor& grad, void* stream, const void* settled = nullptr) {
   with_logits_type(p, [&](auto* s) {
-    cuda::binary_grad_on<Stored<decltype(s)>>(p, by_row, upstream, divisor, mean, grad.mutable_data_ptr(), stream);
+    cuda::binary_grad_on<Stored<decltype(s)>>(p, by_row, upstream, divisor, mean, grad.mutable_data_ptr(), stream,
+                                              settled);
   });
 }
 
@@ -41,7 +42,8 @@ void binary_rows_backward(const Tensor& logits, const Tensor& target, std::optio
             false, grad, device.stream());
 }
 
-// The total; what it was divided by and the gradient, where they are asked for. Nothing waits for the device.
+// The total; what it was divided by and the gradient, where they are asked for. A divisor of two numbers asks for the
+// gradient in the same pass, and says in the second whether it is settled. Nothing waits for the device.
 void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                   std::optional<Tensor> entry_weight, std::optional<Tensor> weight, std::vector<double> settings,
                   Tensor value, std::optional<Tensor> divisor, std::optional<Tensor> grad) {
@@ -56,16 +58,25 @@ void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tens
                                partials.mutable_data_ptr(),
                                value.mutable_data_ptr(),
                                divided_by.mutable_data_ptr()};
-  with_logits_type(p, [&](auto* s) { cuda::binary_total_on<Stored<decltype(s)>>(p, t, device.stream()); });
-  if (grad) grad_into(p, data_of(weight), nullptr, divided_by.const_data_ptr(), mean, *grad, device.stream());
+  const bool both = grad && divided_by.numel() == 2;
+  STD_TORCH_CHECK(!both || !(mask || entry_weight || weight), "a gradient in one pass takes no masks and no weights");
+  with_logits_type(p, [&](auto* s) {
+    using S = Stored<decltype(s)>;
+    both ? cuda::binary_both_on<S>(p, t, grad->mutable_data_ptr(), device.stream())
+         : cuda::binary_total_on<S>(p, t, device.stream());
+  });
+  if (grad && !both) grad_into(p, data_of(weight), nullptr, divided_by.const_data_ptr(), mean, *grad, device.stream());
 }
 
+// With a divisor of two numbers `grad` holds what came with the total, which is kept if it is settled.
 void binary_total_backward(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                            std::optional<Tensor> entry_weight, std::optional<Tensor> weight,
                            std::vector<double> settings, const Tensor& upstream, const Tensor& divisor, Tensor grad) {
   const OnDevice device(logits);
+  const auto* divided_by = static_cast<const char*>(divisor.const_data_ptr());
+  const void* settled = divisor.numel() == 2 ? divided_by + divisor.element_size() : nullptr;
   grad_into(binary_problem(logits, target, mask, entry_weight, settings), data_of(weight), upstream.const_data_ptr(),
-            divisor.const_data_ptr(), settings[MeanInRow] != 0, grad, device.stream());
+            divided_by, settings[MeanInRow] != 0, grad, device.stream(), settled);
 }
 
 }  // namespace

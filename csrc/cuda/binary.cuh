@@ -25,7 +25,13 @@ struct BinarySums {
   Two<double>* partials;
   double divisor;  // 0: how many rows count
   T *total, *divided_by;
+  const T* settled;  // 1 = the total is there already; null = it is not
 };
+
+template <class T>
+CP_DEVICE bool is_settled(const T* settled) {
+  return settled != nullptr && *settled == 1;
+}
 
 // Slopes are multiplied by by_row * upstream / divisor, each 1 where null.
 template <class S>
@@ -34,6 +40,9 @@ struct BinaryGrad {
   const T *by_row, *upstream, *divisor;
   bool mean;
   S* grad;
+  const T* settled;  // 1 = the gradient is there already, for an upstream of 1; null = it is not
+
+  CP_DEVICE bool is_there() const { return is_settled(settled) && (upstream == nullptr || *upstream == 1); }
 };
 
 template <math::BinaryKind Kind, bool Whole, bool Margin>
@@ -89,6 +98,7 @@ CP_DEVICE void give_share(const Two<double>& mine, const BinarySums<T>& out, Two
 template <class T>
 __global__ void __launch_bounds__(binary_threads, binary_resident) binary_conclude(BinarySums<T> out, int partials) {
   __shared__ Two<double> scratch[warp_size];
+  if (is_settled(out.settled)) return;
   Two<double> mine{0, 0};
   for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
   const Two<double> all = block_reduce(mine, Add(), scratch);
@@ -100,6 +110,7 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_f
   using T = computed_t<S>;
   constexpr int width = BinaryEntries<S>::width;
   __shared__ Two<double> scratch[warp_size];
+  if (is_settled(out.settled)) return;
   const int64_t n = p.rows * p.row;
   Two<double> mine{0, 0};
   for (int64_t at = grid_first() * width; at < n; at += grid_stride() * width) {
@@ -141,6 +152,7 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_r
   using T = computed_t<S>;
   constexpr int width = BinaryEntries<S>::width;
   __shared__ Two<double> scratch[warp_size];
+  if (is_settled(out.settled)) return;
   const Sharing who(p.lanes);
   Two<double> mine{0, 0};
   for (int64_t first = int64_t(blockIdx.x) * who.groups; first < p.rows; first += int64_t(gridDim.x) * who.groups) {
@@ -194,6 +206,7 @@ template <class S, class Form>
 __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_flat(BinaryInput<S> p, BinaryGrad<S> out) {
   using T = computed_t<S>;
   constexpr int width = BinaryEntries<S>::width;
+  if (out.is_there()) return;
   const int64_t n = p.rows * p.row;
   const T scale = scale_of(out);
   for (int64_t at = grid_first() * width; at < n; at += grid_stride() * width) {
@@ -214,6 +227,7 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_grad_r
   using T = computed_t<S>;
   constexpr int width = BinaryEntries<S>::width;
   __shared__ Two<double> scratch[warp_size];
+  if (out.is_there()) return;
   const Sharing who(p.lanes);
   const T scale = scale_of(out);
   for (int64_t first = int64_t(blockIdx.x) * who.groups; first < p.rows; first += int64_t(gridDim.x) * who.groups) {
@@ -334,7 +348,7 @@ void binary_rows_on(const BinaryProblem& problem, void* sums, void* counts, void
   using T = computed_t<S>;
   const BinaryInput<S> p = binary_input<S>(problem, true);
   if (p.rows == 0) return;
-  const BinarySums<T> out = {static_cast<T*>(sums), static_cast<T*>(counts), nullptr, false, nullptr, 1, nullptr, nullptr};
+  const BinarySums<T> out = {static_cast<T*>(sums), static_cast<T*>(counts), nullptr, false, nullptr, 1, nullptr, nullptr, nullptr};
   with_binary_form(static_cast<math::BinaryKind>(problem.kind), p.c, [&](auto form) {
     using Form = decltype(form);
     const auto kernel = p.lanes == 0 ? binary_sums_flat<S, Form> : binary_sums_rows<S, Form>;
@@ -348,6 +362,7 @@ struct BinaryTotal {
   bool mean;
   double divisor;
   void *partials, *total, *divided_by;
+  const void* settled = nullptr;  // of the type that is computed in, see BinarySums
 };
 
 template <class S>
@@ -355,7 +370,7 @@ void binary_total_on(const BinaryProblem& problem, const BinaryTotal& t, void* s
   using T = computed_t<S>;
   const BinaryInput<S> p = binary_input<S>(problem, t.divisor == 0 || t.mean || t.weight != nullptr);
   const BinarySums<T> out = {nullptr,   nullptr, static_cast<const T*>(t.weight), t.mean, static_cast<Two<double>*>(t.partials),
-                             t.divisor, static_cast<T*>(t.total), static_cast<T*>(t.divided_by)};
+                             t.divisor, static_cast<T*>(t.total), static_cast<T*>(t.divided_by), static_cast<const T*>(t.settled)};
   const int64_t blocks = binary_grid(p, binary_partials);
   with_binary_form(static_cast<math::BinaryKind>(problem.kind), p.c, [&](auto form) {
     using Form = decltype(form);
@@ -368,12 +383,12 @@ void binary_total_on(const BinaryProblem& problem, const BinaryTotal& t, void* s
 // Slopes times by_row * upstream / divisor, over the row's count with `mean`; all in the type that is computed in.
 template <class S>
 void binary_grad_on(const BinaryProblem& problem, const void* by_row, const void* upstream, const void* divisor,
-                    bool mean, void* grad, void* stream) {
+                    bool mean, void* grad, void* stream, const void* settled = nullptr) {
   using T = computed_t<S>;
   const BinaryInput<S> p = binary_input<S>(problem, mean || by_row != nullptr);
   if (p.rows == 0) return;
   const BinaryGrad<S> out = {static_cast<const T*>(by_row), static_cast<const T*>(upstream),
-                             static_cast<const T*>(divisor), mean, static_cast<S*>(grad)};
+                             static_cast<const T*>(divisor), mean, static_cast<S*>(grad), static_cast<const T*>(settled)};
   with_binary_form(static_cast<math::BinaryKind>(problem.kind), p.c, [&](auto form) {
     using Form = decltype(form);
     const auto kernel = p.lanes == 0 ? binary_grad_flat<S, Form> : binary_grad_rows<S, Form>;

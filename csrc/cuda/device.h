@@ -23,4 +23,12 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+// Whether a block on this device may have so much dynamic shared memory.
+inline bool has_shared_memory(const Tensor& x, int64_t bytes) {
+  constexpr int others = 3 << 10;  // of the kernels themselves
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index());
+  return bytes <= most - others;
+}
+
 }  // namespace counterpoise

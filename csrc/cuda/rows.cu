@@ -38,14 +38,10 @@ void rows_backward(CP_ROW_INPUTS, std::vector<double> settings, const Tensor& st
   });
 }
 
-// Whether a row fits into the shared memory of this device.
-bool keeps(const RowProblem& p, const Tensor& logits) {
+int64_t kept_bytes(const RowProblem& p) {
   int64_t bytes = 0;
-  int most = 0;
   cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_bytes<Stored<decltype(s)>>(p.classes); });
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, logits.get_device_index());
-  constexpr int others = 2 << 10;  // of the kernel itself
-  return bytes <= most - others;
+  return bytes;
 }
 
 // The total, and either its gradient or the rows' states and the factor of each in the total. Nothing waits for the
@@ -58,7 +54,7 @@ void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double>
   const int divisor = static_cast<int>(settings[Normalizer]);
   Tensor losses = empty_as(logits, {p.rows}, type);
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
-  if (grad && keeps(p, logits)) {
+  if (grad && has_shared_memory(logits, kept_bytes(p))) {
     with_logits_type(p, [&](auto* s) {
       cuda::kept_rows_on<Stored<decltype(s)>>(p, data_of(weight), divisor, settings[Number],
                                               partials.mutable_data_ptr(), losses.mutable_data_ptr(),

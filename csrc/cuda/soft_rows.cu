@@ -1,6 +1,6 @@
 // Operators of the row-wise family with distributions as targets on a GPU; the schemas stand in
 // counterpoise/kernels/soft_rows.py.
-#include "soft_rows.cuh"
+#include "kept_soft_rows.cuh"
 
 #include "../cpu/soft_rows_problem.h"
 #include "device.h"
@@ -39,20 +39,36 @@ void soft_rows_backward(CP_SOFT_ROW_INPUTS, std::vector<double> settings, const 
   gradient(CP_SOFT_ROW_PROBLEM, state, by_row, grad, device.stream());
 }
 
-// The total, the states of the rows, and the factor of each in the total; the gradient too, where it is asked for.
-// Nothing waits for the device.
+int64_t kept_bytes(const SoftRowProblem& p) {
+  int64_t bytes = 0;
+  cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_soft_bytes<Stored<decltype(s)>>(p.classes); });
+  return bytes;
+}
+
+// The total, and either its gradient or the rows' states and the factor of each in the total. Nothing waits for the
+// device.
 void soft_rows_total(CP_SOFT_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double> settings, Tensor value,
                      std::optional<Tensor> state, std::optional<Tensor> factor, std::optional<Tensor> grad) {
   const OnDevice device(logits);
   const SoftRowProblem p = CP_SOFT_ROW_PROBLEM;
   const ScalarType type = computed_type(logits);
+  const int divisor = static_cast<int>(settings[SoftNormalizer]);
   Tensor losses = empty_as(logits, {p.rows}, type);
+  Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
+  if (grad && has_shared_memory(logits, kept_bytes(p))) {
+    cuda::with_soft_types(p, [&](auto* s, auto* y) {
+      cuda::kept_soft_rows_on<Stored<decltype(s)>, Stored<decltype(y)>>(
+          p, data_of(weight), divisor, settings[SoftNumber], partials.mutable_data_ptr(), losses.mutable_data_ptr(),
+          value.mutable_data_ptr(), grad->mutable_data_ptr(), device.stream());
+    });
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
   Tensor states = state ? *state : empty_as(logits, {p.rows, soft_row_state}, type);
   Tensor factors = factor ? *factor : empty_as(logits, {p.rows}, type);
   forward(p, losses, states, device.stream());
-  Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   const auto add_up = type == ScalarType::Double ? cuda::soft_rows_total_on<double> : cuda::soft_rows_total_on<float>;
-  add_up(p, losses.mutable_data_ptr(), data_of(weight), static_cast<int>(settings[SoftNormalizer]), settings[SoftNumber],
+  add_up(p, losses.mutable_data_ptr(), data_of(weight), divisor, settings[SoftNumber],
          partials.mutable_data_ptr(), value.mutable_data_ptr(), factors.mutable_data_ptr(), device.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   if (grad) gradient(p, states, factors, *grad, device.stream());

@@ -89,6 +89,12 @@ CP_DEVICE math::TargetSoftmax<computed_t<S>> target_softmax(const SoftRowInput<S
   return {all.largest, 1 / all.sum};
 }
 
+template <class X, class T, int N>
+CP_DEVICE void write_some(bool packs, const T (&x)[N], X* out, int64_t j, int step, int64_t to) {
+  packs ? write_classes<true>(x, out, static_cast<int>(j), 1, static_cast<int>(to))
+        : write_classes<false>(x, out, static_cast<int>(j), step, static_cast<int>(to));
+}
+
 // visit(adjusted logits, targets, first class, distance) for all that this thread has of classes [from, to); what lies
 // beyond is given as a masked class with target zero.
 template <class S, class Y, class F>
@@ -125,14 +131,17 @@ CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who
   }
 }
 
+// With `kept` the adjusted logits are put there.
 template <class S, class Y>
 CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row,
-                                                    const math::TargetSoftmax<computed_t<S>>& of_target) {
+                                                    const math::TargetSoftmax<computed_t<S>>& of_target,
+                                                    computed_t<S>* kept = nullptr) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   SoftRowShare<T> mine = MergeSoftRows::none<SoftRowShare<T>>();
   bool bad = false;
   for_soft_classes(p, who, row, 0, p.classes, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+    if (kept != nullptr) write_some(p.packs, u, kept, j, step, p.classes);
     T top = mine.top;
 #pragma unroll
     for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
@@ -198,6 +207,24 @@ __global__ void __launch_bounds__(row_threads, 2)
   }
 }
 
+// What the gradient of a row is made of.
+template <class T>
+struct SoftSlopes {
+  T top, exponent, share, by;
+};
+
+// Adjusted logits and targets of some classes to slopes of the logits.
+template <class S, class Y, class T, int N>
+CP_DEVICE void soft_slopes_of(const SoftRowInput<S, Y>& p, const SoftSlopes<T>& s, const T (&u)[N], const T (&t)[N],
+                              int64_t j, int step, int64_t to, T (&g)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const int64_t at = j + k * step;
+    const T a = p.smoothing == 0 ? t[k] : (1 - p.smoothing) * t[k] + (u[k] > -math::infinity<T> ? s.share : T(0));
+    g[k] = at < to ? (s.exponent * math::exp(u[k] - s.top) - a * p.weight(at)) * s.by * p.factor(at) : T(0);
+  }
+}
+
 template <class S, class Y>
 __global__ void __launch_bounds__(row_threads, 2)
     soft_rows_gradient(SoftRowInput<S, Y> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
@@ -210,21 +237,12 @@ __global__ void __launch_bounds__(row_threads, 2)
     const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
     const bool counts = p.counts(row);
     const T* its = state + row * soft_row_state;
-    const T top = its[0], exponent = its[1], share = its[2], by = by_row[row] * p.scale;
+    const SoftSlopes<T> s{its[0], its[1], its[2], by_row[row] * p.scale};
     const math::TargetSoftmax<T> of_target{its[3], its[4]};
     for_soft_classes(p, who, row, from, to, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
-      T g[width];
-#pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const int64_t at = j + k * step;
-        const T a = p.smoothing == 0 ? t[k] : (1 - p.smoothing) * t[k] + (u[k] > -math::infinity<T> ? share : T(0));
-        g[k] = counts && at < to ? (exponent * math::exp(u[k] - top) - a * p.weight(at)) * by * p.factor(at) : T(0);
-      }
-      S* out = grad + row * p.classes;
-      if (p.packs) return store_pack(g, out + j);
-#pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (j + k * step < to) out[j + k * step] = Narrow<S>::from(g[k]);
+      T g[width] = {};
+      if (counts) soft_slopes_of(p, s, u, t, j, step, to, g);
+      write_some(p.packs, g, grad + row * p.classes, j, step, to);
     });
   }
 }
@@ -237,7 +255,7 @@ __global__ void __launch_bounds__(row_threads)
   for (int64_t i = grid_first(); i < rows; i += grid_stride()) {
     if (mask != nullptr && mask[i] == 0) continue;
     const double w = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[i]);
-    mine.first += w * static_cast<double>(out.losses[i]);
+    if (out.losses != nullptr) mine.first += w * static_cast<double>(out.losses[i]);
     mine.second += out.kind == RowDivisor::weight ? w : 1.0;
   }
   give_share(mine, out, scratch);
@@ -297,15 +315,22 @@ void soft_rows_gradient_on(const SoftRowProblem& p, const void* state, const voi
          static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
 }
 
+// The total and the divisor.
+template <class T>
+void add_up_soft_rows(const SoftRowProblem& p, const RowTotal<T>& out, void* stream) {
+  const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
+  launch(soft_rows_share_total<T>, over_rows, p.mask, p.rows, out);
+  if (over_rows.blocks == 1) return;
+  launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
+}
+
 // T is what is computed in.
 template <class T>
 void soft_rows_total_on(const SoftRowProblem& p, void* losses, const void* weight, int kind, double number,
                         void* partials, void* total, void* factor, void* stream) {
   const auto out = row_total<T>(losses, weight, kind, number, partials, total, factor);
-  const Launch over_rows = row_launch(p.rows, 1, row_partials, stream);
-  launch(soft_rows_share_total<T>, over_rows, p.mask, p.rows, out);
-  if (over_rows.blocks > 1) launch(rows_conclude<T>, Launch{1, row_threads, stream}, out, static_cast<int>(over_rows.blocks));
-  launch(rows_factor<T>, over_rows, out, p.rows);
+  add_up_soft_rows(p, out, stream);
+  launch(rows_factor<T>, row_launch(p.rows, 1, row_partials, stream), out, p.rows);
 }
 
 }  // namespace counterpoise::cuda

@@ -140,8 +140,12 @@ def emulated(
     mean: bool = False,
     divisor: float = 0.0,
     offset: int = 0,
+    upstream: float = 1.0,
 ) -> dict[str, Tensor]:
-    """What the CUDA kernels make of (N, C) logits; upstream gradients are 0.7 and 0.1, 0.2, ... by row."""
+    """What the CUDA kernels make of (N, C) logits; upstream gradients are 0.7 and 0.1, 0.2, ... by row.
+
+    ``upstream`` is that of a gradient which came with its total, "both_grad".
+    """
     computed = torch.float64 if z.dtype == torch.float64 else torch.float32
     names = ("kind", "gamma_pos", "gamma_neg", "alpha_pos", "alpha_neg", "margin", "log_eps", "beta", "detach")
     numbers = {
@@ -163,10 +167,14 @@ def emulated(
         "entry_weight": None if class_weight is None else class_weight.to(computed),
         "positive_weight": None if pos_weight is None else pos_weight.to(computed),
         "upstream": torch.tensor([0.7], dtype=computed),
+        "both_upstream": torch.tensor([upstream], dtype=computed),
         "by_row": (torch.arange(z.shape[0]) % 7 + 1).to(computed) / 10,
     }
-    by_row = dict.fromkeys(("sums", "counts", "total", "divided_by"), computed)
-    return emulation.run(program, folder, arrays, numbers, {**by_row, "grad": z.dtype, "grad_rows": z.dtype})
+    results = dict.fromkeys(("sums", "counts", "total", "divided_by"), computed)
+    results |= dict.fromkeys(("grad", "grad_rows"), z.dtype)
+    if mask is None and weight is None and class_weight is None:
+        results |= {"both_total": computed, "both_divided_by": computed, "both_grad": z.dtype}
+    return emulation.run(program, folder, arrays, numbers, results)
 
 
 def plain(function: Any, settings: dict[str, Any], z: Tensor, t: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -289,6 +297,27 @@ def test_many_blocks_share_a_sum(binary: Path, tmp_path: Path) -> None:
         value, grad = plain(function, settings, z, t, **options)
         assert_close(out["total"], value, z.dtype)
         assert_close(out["grad"], grad, z.dtype)
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+@pytest.mark.parametrize("drops_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(600, 1), (67, 3), (9, 100), (1, 1)])
+def test_a_gradient_with_its_total(
+    binary: Path, tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype, drops_out: bool, upstream: float
+) -> None:
+    loss, function, settings = LOSSES["asymmetric"]
+    z, t = inputs(*shape, dtype, torch.float32)
+    if not drops_out:
+        z[z == -torch.inf] = 0
+    computed = torch.float64 if dtype == torch.float64 else torch.float32
+    for mean, divisor in ((True, 0.0), (False, 3.0)):
+        out = emulated(binary, tmp_path / "case", loss, z, t, mean=mean, divisor=divisor, upstream=upstream)
+        options = {} if mean else {"inner": "sum", "normalizer": 3.0}
+        value, grad = plain(function, settings, z, t, **options)
+        assert_close(out["both_total"], value, computed)
+        assert_close(out["both_grad"], grad * (upstream / 0.7), dtype)
+        assert out["both_divided_by"][1] == (not drops_out)
 
 
 @pytest.mark.parametrize("label", [-0.1, 1.5, float("nan")])

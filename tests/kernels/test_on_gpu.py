@@ -169,6 +169,22 @@ def test_nothing_waits_for_the_device_and_runs_repeat(name):
     assert torch.equal(grad, expected[1])
 
 
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("drops_out", [False, True])
+@pytest.mark.parametrize("loss", LABELS.values(), ids=LABELS)
+def test_a_gradient_that_came_with_its_total(loss, drops_out, upstream):
+    z, t = binary_problem((700, 33))
+    if drops_out:
+        z[5, 3], t[5, 3] = -torch.inf, False
+    by = torch.tensor(upstream, dtype=torch.float64, device="cuda")
+    for options in ({}, {"inner": "sum"}, {"inner": "none"}, {"inner": "sum", "reduction": "sum"}):
+        ours = value_and_grad(fixed(loss, t, options), z, by)
+        with kernels.disabled():
+            theirs = value_and_grad(fixed(loss, t, options), z, by)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * b.abs().max().item())
+
+
 def test_graph_capture():
     z, t = binary_problem((64, 100))
     z = z.float().requires_grad_()

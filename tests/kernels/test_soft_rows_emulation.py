@@ -59,8 +59,9 @@ def emulated(
     }
     vectors = {name: options[name].to(computed) for name in VECTORS if name in options}
     arrays = {"logits": z, "target": t, "mask": mask, "weight": None if weight is None else weight.to(computed)}
-    results = dict.fromkeys(("losses", "total", "factor"), computed)
-    return emulation.run(program, folder, arrays | vectors, numbers, {**results, "grad": z.dtype})
+    results = dict.fromkeys(("losses", "total", "factor", "kept_losses", "kept_total"), computed)
+    results |= {"grad": z.dtype, "kept_grad": z.dtype}
+    return emulation.run(program, folder, arrays | vectors, numbers, results)
 
 
 def compare(program: Path, folder: Path, name: str, z: Tensor, t: Tensor, **how: Any) -> dict[str, Tensor]:
@@ -84,9 +85,10 @@ def compare(program: Path, folder: Path, name: str, z: Tensor, t: Tensor, **how:
         total = function(leaf, t.double(), **settings, **options)
     (grad,) = torch.autograd.grad(total, leaf)
     single = torch.float64 if z.dtype == torch.float64 else torch.float32
-    assert_close(out["losses"], losses.detach(), single)
-    assert_close(out["total"], total.detach().reshape(1), single)
-    assert_close(out["grad"], grad, z.dtype)
+    for kept in ("", "kept_"):
+        assert_close(out[f"{kept}losses"], losses.detach(), single)
+        assert_close(out[f"{kept}total"], total.detach().reshape(1), single)
+        assert_close(out[f"{kept}grad"], grad, z.dtype)
     return out
 
 

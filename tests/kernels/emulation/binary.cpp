@@ -1,5 +1,5 @@
 // The element-wise family: one operator on the inputs of a folder.
-#include "../../../csrc/cuda/binary.cuh"
+#include "../../../csrc/cuda/binary_both.cuh"
 
 #include "files.h"
 
@@ -48,6 +48,14 @@ void run(Folder& folder, const BinaryProblem& p) {
                           folder.result("grad", p.rows * p.row * sizeof(S)), nullptr);
   cuda::binary_grad_on<S>(p, folder.read("by_row"), nullptr, nullptr, false,
                           folder.result("grad_rows", p.rows * p.row * sizeof(S)), nullptr);
+  if (p.mask != nullptr || p.entry_weight != nullptr || weight != nullptr) return;
+
+  auto* divided = static_cast<T*>(folder.result("both_divided_by", 2 * sizeof(T)));
+  void* grad = folder.result("both_grad", p.rows * p.row * sizeof(S));
+  cuda::binary_both_on<S>(
+      p, {nullptr, mean, folder.number("divisor"), partials.data(), folder.result("both_total", sizeof(T)), divided}, grad,
+      nullptr);
+  cuda::binary_grad_on<S>(p, nullptr, folder.read("both_upstream"), divided, mean, grad, nullptr, divided + 1);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The row-wise family with distributions as targets: one problem of a folder.
-#include "../../../csrc/cuda/soft_rows.cuh"
+#include "../../../csrc/cuda/kept_soft_rows.cuh"
 
 #include "files.h"
 
@@ -42,6 +42,12 @@ void run(Folder& folder, const SoftRowProblem& p) {
                               nullptr);
   cuda::soft_rows_gradient_on<S, Y>(p, state.data(), factor,
                                     folder.result("grad", p.rows * p.classes * sizeof(S)), nullptr);
+
+  cuda::kept_soft_rows_on<S, Y>(p, folder.read("weight"), static_cast<int>(folder.whole("divisor")),
+                                folder.number("number"), partials.data(),
+                                folder.result("kept_losses", p.rows * sizeof(T)),
+                                folder.result("kept_total", sizeof(T)),
+                                folder.result("kept_grad", p.rows * p.classes * sizeof(S)), nullptr);
 }
 
 }  // namespace

@@ -1,0 +1,98 @@
+// Row-wise family with distributions as targets, a total with its gradient: as kept_rows.cuh has it. Logits stay in shared
+// memory; targets are read again from the cache.
+#pragma once
+
+#include "kept_rows.cuh"
+#include "soft_rows.cuh"
+
+namespace counterpoise::cuda {
+
+constexpr int kept_soft_threads = 512;  // more would leave too few registers
+
+// The gradient of a row from the logits that are kept; zeros where it does not count.
+template <class S, class Y>
+CP_DEVICE void write_kept_soft(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, bool counts,
+                               const computed_t<S>* kept, const math::TargetSoftmax<computed_t<S>>& of_target,
+                               const SoftSlopes<computed_t<S>>& s, S* grad) {
+  constexpr int width = row_width<S>;
+  using T = computed_t<S>;
+  const int step = p.packs ? 1 : who.lanes, classes = static_cast<int>(p.classes);
+#pragma unroll 2
+  for (int j = who.rank * (p.packs ? width : 1); j < classes; j += who.lanes * width) {
+    T u[width], t[width], g[width] = {};
+    if (counts) {
+      const Y* y = p.target + row * p.classes;
+      if (p.packs) {
+        read_classes<true>(kept, j, step, classes, T(0), u);
+        read_classes<true>(y, j, step, classes, T(0), t);
+      } else {
+        read_classes<false>(kept, j, step, classes, -math::infinity<T>, u);
+        read_classes<false>(y, j, step, classes, T(0), t);
+      }
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        if (p.target_scale != 0 && j + k * step < classes)
+          t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
+      soft_slopes_of(p, s, u, t, j, step, classes, g);
+    }
+    write_some(p.packs, g, grad + row * p.classes, j, step, classes);
+  }
+}
+
+template <class S, class Y>
+__global__ void __launch_bounds__(kept_soft_threads)
+    kept_soft_rows(SoftRowInput<S, Y> p, RowTotal<computed_t<S>> out, S* grad) {
+  using T = computed_t<S>;
+  CP_DYNAMIC_SHARED(T, shared);
+  __shared__ SoftRowShare<T> scratch[warp_size];
+  __shared__ LogSum<T> target_scratch[warp_size];
+  const RowGroup who(p.lanes);
+  T* const kept = shared + who.index * p.classes;
+  const double divisor = out.kind == RowDivisor::number ? out.number : *out.divisor;
+  for (int64_t base = who.base; base < p.rows; base += who.stride) {
+    const int64_t row = base + who.index;
+    const bool counts = row < p.rows && p.counts(row);
+    const math::TargetSoftmax<T> of_target = target_softmax(p, who, row, counts, target_scratch);
+    SoftRowShare<T> s = MergeSoftRows::none<SoftRowShare<T>>();
+    if (counts) s = soft_share_of(p, who, row, of_target, kept);
+    s = who.reduce(s, MergeSoftRows(), scratch);
+    if (row >= p.rows) continue;
+    const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
+    const math::SoftRowSlopes<T> found = counts ? math::soft_row_slopes(sums, p.smoothing) : math::SoftRowSlopes<T>{};
+    if (who.rank == 0) out.losses[row] = found.loss;
+    const double weight = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[row]);
+    const SoftSlopes<T> slopes{found.top, found.exponent, found.share, static_cast<T>(weight / divisor) * p.scale};
+    write_kept_soft(p, who, row, counts, kept, of_target, slopes, grad);
+  }
+}
+
+template <class S>
+int kept_soft_lanes(int64_t classes) {
+  const int lanes = kept_lanes<S>(classes);
+  return lanes < kept_soft_threads ? lanes : kept_soft_threads;
+}
+
+template <class S>
+int64_t kept_soft_bytes(int64_t classes) {
+  const int lanes = kept_soft_lanes<S>(classes);
+  return row_block(lanes) / lanes * classes * static_cast<int64_t>(sizeof(computed_t<S>));
+}
+
+// The total and the gradient of rows that shared memory holds; `partials` as rows_total_on has it.
+template <class S, class Y>
+void kept_soft_rows_on(const SoftRowProblem& p, const void* weight, int kind, double number, void* partials, void* losses,
+                       void* total, void* grad, void* stream) {
+  using T = computed_t<S>;
+  SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, grad);
+  input.lanes = kept_soft_lanes<S>(p.classes);
+  const auto out = row_total<T>(losses, weight, kind, number, partials, total, nullptr);
+  auto divisor = out;
+  divisor.losses = nullptr;
+  if (out.kind != RowDivisor::number) add_up_soft_rows(p, divisor, stream);
+  Launch on = row_launch(p.rows, input.lanes, row_most_blocks, stream);
+  on.shared = static_cast<int>(kept_soft_bytes<S>(p.classes));
+  launch(kept_soft_rows<S, Y>, on, input, out, static_cast<S*>(grad));
+  add_up_soft_rows(p, out, stream);
+}
+
+}  // namespace counterpoise::cuda
