@@ -10,37 +10,28 @@ namespace counterpoise::cuda {
 constexpr int kept_soft_threads = 512;  // more would leave too few registers
 
 // The gradient of a row from the logits that are kept; zeros where it does not count.
-template <class S, class Y>
+template <bool Packs, class S, class Y>
 CP_DEVICE void write_kept_soft(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, bool counts,
                                const computed_t<S>* kept, const math::TargetSoftmax<computed_t<S>>& of_target,
                                const SoftSlopes<computed_t<S>>& s, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
-  const int step = p.packs ? 1 : who.lanes, classes = static_cast<int>(p.classes);
+  const int step = Packs ? 1 : who.lanes;
 #pragma unroll 2
-  for (int j = who.rank * (p.packs ? width : 1); j < classes; j += who.lanes * width) {
-    T u[width], t[width], g[width] = {};
+  for (int j = who.rank * (Packs ? width : 1); j < p.classes; j += who.lanes * width) {
+    T g[width] = {};
     if (counts) {
-      const Y* y = p.target + row * p.classes;
-      if (p.packs) {
-        read_classes<true>(kept, j, step, classes, T(0), u);
-        read_classes<true>(y, j, step, classes, T(0), t);
-      } else {
-        read_classes<false>(kept, j, step, classes, -math::infinity<T>, u);
-        read_classes<false>(y, j, step, classes, T(0), t);
-      }
-#pragma unroll
-      for (int k = 0; k < width; ++k)
-        if (p.target_scale != 0 && j + k * step < classes)
-          t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
-      soft_slopes_of(p, s, u, t, j, step, classes, g);
+      T u[width], t[width];
+      read_classes<Packs>(kept, j, step, p.classes, -math::infinity<T>, u);
+      read_targets<Packs>(p, row, of_target, j, step, p.classes, t);
+      soft_slopes_of<Packs>(p, s, u, t, j, step, p.classes, g);
     }
-    write_some(p.packs, g, grad + row * p.classes, j, step, classes);
+    write_classes<Packs>(g, grad + row * p.classes, j, step, p.classes);
   }
 }
 
-template <class S, class Y>
-__global__ void __launch_bounds__(kept_soft_threads)
+template <class S, class Y, bool Packs>
+__global__ void __launch_bounds__(kept_soft_threads, 1)
     kept_soft_rows(SoftRowInput<S, Y> p, RowTotal<computed_t<S>> out, S* grad) {
   using T = computed_t<S>;
   CP_DYNAMIC_SHARED(T, shared);
@@ -54,7 +45,7 @@ __global__ void __launch_bounds__(kept_soft_threads)
     const bool counts = row < p.rows && p.counts(row);
     const math::TargetSoftmax<T> of_target = target_softmax(p, who, row, counts, target_scratch);
     SoftRowShare<T> s = MergeSoftRows::none<SoftRowShare<T>>();
-    if (counts) s = soft_share_of(p, who, row, of_target, kept);
+    if (counts) s = soft_share_of<Packs>(p, who, row, of_target, kept);
     s = who.reduce(s, MergeSoftRows(), scratch);
     if (row >= p.rows) continue;
     const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
@@ -62,7 +53,7 @@ __global__ void __launch_bounds__(kept_soft_threads)
     if (who.rank == 0) out.losses[row] = found.loss;
     const double weight = out.weight == nullptr ? 1.0 : static_cast<double>(out.weight[row]);
     const SoftSlopes<T> slopes{found.top, found.exponent, found.share, static_cast<T>(weight / divisor) * p.scale};
-    write_kept_soft(p, who, row, counts, kept, of_target, slopes, grad);
+    write_kept_soft<Packs>(p, who, row, counts, kept, of_target, slopes, grad);
   }
 }
 
@@ -91,7 +82,7 @@ void kept_soft_rows_on(const SoftRowProblem& p, const void* weight, int kind, do
   if (out.kind != RowDivisor::number) add_up_soft_rows(p, divisor, stream);
   Launch on = row_launch(p.rows, input.lanes, row_most_blocks, stream);
   on.shared = static_cast<int>(kept_soft_bytes<S>(p.classes));
-  launch(kept_soft_rows<S, Y>, on, input, out, static_cast<S*>(grad));
+  launch(input.packs ? kept_soft_rows<S, Y, true> : kept_soft_rows<S, Y, false>, on, input, out, static_cast<S*>(grad));
   add_up_soft_rows(p, out, stream);
 }
 

@@ -140,21 +140,24 @@ CP_DEVICE void put_at(int y, T value, int j, int step, T (&x)[N]) {
   for (int k = 0; k < N; ++k) x[k] = j + k * step == y ? value : x[k];
 }
 
-// RowInput::adjusted of all of them.
-template <bool Packs, class S, class T, int N>
-CP_DEVICE void adjust(const RowInput<S>& p, int j, int step, int to, T (&u)[N]) {
-  if (p.additive != nullptr || p.multiplicative != nullptr) {
-    T factor[N], shift[N];
+// u * multiplicative + additive, of an input of either member of the family.
+template <bool Packs, class Input, class T, int N>
+CP_DEVICE void shift(const Input& p, int j, int step, int to, T (&u)[N]) {
+  if (p.additive == nullptr && p.multiplicative == nullptr) return;
+  T factor[N], more[N];
 #pragma unroll
-    for (int k = 0; k < N; ++k) factor[k] = 1, shift[k] = 0;
-    if (p.multiplicative != nullptr) read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
-    if (p.additive != nullptr) read_classes<Packs>(p.additive, j, step, to, T(0), shift);
+  for (int k = 0; k < N; ++k) factor[k] = 1, more[k] = 0;
+  if (p.multiplicative != nullptr) read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
+  if (p.additive != nullptr) read_classes<Packs>(p.additive, j, step, to, T(0), more);
 #pragma unroll
-    for (int k = 0; k < N; ++k) u[k] = multiply_add(u[k], factor[k], shift[k]);
-  }
-  if (p.scale == 1) return;
+  for (int k = 0; k < N; ++k) u[k] = multiply_add(u[k], factor[k], more[k]);
+}
+
+template <class T, int N>
+CP_DEVICE void stretch(T scale, T (&u)[N]) {
+  if (scale == 1) return;
 #pragma unroll
-  for (int k = 0; k < N; ++k) u[k] = multiply(u[k], p.scale);
+  for (int k = 0; k < N; ++k) u[k] = multiply(u[k], scale);
 }
 
 // visit(adjusted logits, first class, distance) for all that this thread has of classes [from, to); the target and what
@@ -169,7 +172,8 @@ CP_DEVICE void for_classes(const RowInput<S>& p, const RowGroup& who, int64_t ro
   for (int j = from + who.rank * (Packs ? width : 1); j < to; j += who.lanes * width) {
     T u[width];
     read_classes<Packs>(z, j, step, to, -math::infinity<T>, u);
-    adjust<Packs>(p, j, step, to, u);
+    shift<Packs>(p, j, step, to, u);
+    stretch(p.scale, u);
     put_at<Packs>(y, -math::infinity<T>, j, step, u);
     visit(u, j, step);
   }
@@ -306,6 +310,15 @@ CP_DEVICE T smoothed_slope(const RowInput<S>& p, T u, int j, const math::RowSlop
   return s.label * slope;
 }
 
+template <bool Packs, class Input, class T, int N>
+CP_DEVICE void times_factors(const Input& p, int j, int step, int to, T (&slopes)[N]) {
+  if (p.multiplicative == nullptr) return;
+  T factor[N];
+  read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
+#pragma unroll
+  for (int k = 0; k < N; ++k) slopes[k] *= factor[k];
+}
+
 // Exponentials to slopes of the logits; u: the adjusted logits where there is smoothing.
 template <bool Packs, class S, class T, int N>
 CP_DEVICE void slopes_of(const RowInput<S>& p, const math::RowSlopes<T>& s, int y, const T (&u)[N], int j, int step, int to,
@@ -318,11 +331,7 @@ CP_DEVICE void slopes_of(const RowInput<S>& p, const math::RowSlopes<T>& s, int 
       if (u[k] > -math::infinity<T>) e[k] += smoothed_slope(p, u[k], j + k * step, s);
   }
   put_at<Packs>(y, s.target, j, step, e);
-  if (p.multiplicative == nullptr) return;
-  T factor[N];
-  read_classes<Packs>(p.multiplicative, j, step, to, T(1), factor);
-#pragma unroll
-  for (int k = 0; k < N; ++k) e[k] *= factor[k];
+  times_factors<Packs>(p, j, step, to, e);
 }
 
 template <class S, bool Packs>

@@ -17,20 +17,15 @@ struct SoftRowInput {
   const Y* target;
   const uint8_t* mask;
   const T *multiplicative, *additive, *margin, *class_weight;
-  int64_t rows, classes;
+  int64_t rows;
+  int classes;
   T scale, smoothing, target_scale;
   bool divergence;
-  bool packs;  // whether every row may be read and written in packs
+  bool packs;  // whether every row, and what goes with its classes, may be read and written in packs
   int lanes;   // threads that share a row: a power of two in a warp, or the block
 
   CP_DEVICE bool counts(int64_t row) const { return mask == nullptr || mask[row] != 0; }
-  CP_DEVICE T factor(int64_t j) const { return multiplicative == nullptr ? T(1) : multiplicative[j]; }
   CP_DEVICE T weight(int64_t j) const { return class_weight == nullptr ? T(1) : class_weight[j]; }
-  CP_DEVICE T adjusted(T z, T t, int64_t j) const {
-    T u = multiply_add(z, factor(j), additive == nullptr ? T(0) : additive[j]);
-    if (margin != nullptr) u = multiply_add(-margin[j], t, u);
-    return multiply(u, scale);
-  }
 };
 
 // Sums over some of a row's classes, see math::SoftRowSums; relative to zero where all of them are masked.
@@ -89,50 +84,77 @@ CP_DEVICE math::TargetSoftmax<computed_t<S>> target_softmax(const SoftRowInput<S
   return {all.largest, 1 / all.sum};
 }
 
-template <class X, class T, int N>
-CP_DEVICE void write_some(bool packs, const T (&x)[N], X* out, int64_t j, int step, int64_t to) {
-  packs ? write_classes<true>(x, out, static_cast<int>(j), 1, static_cast<int>(to))
-        : write_classes<false>(x, out, static_cast<int>(j), step, static_cast<int>(to));
+// The targets of some classes, zero beyond them.
+template <bool Packs, class S, class Y, class T, int N>
+CP_DEVICE void read_targets(const SoftRowInput<S, Y>& p, int64_t row, const math::TargetSoftmax<T>& of_target, int j,
+                            int step, int to, T (&t)[N]) {
+  const T beyond = p.target_scale == 0 ? T(0) : -math::infinity<T>;
+  read_classes<Packs>(p.target + row * p.classes, j, step, to, beyond, t);
+  if (p.target_scale == 0) return;
+#pragma unroll
+  for (int k = 0; k < N; ++k) t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
 }
 
 // visit(adjusted logits, targets, first class, distance) for all that this thread has of classes [from, to); what lies
 // beyond is given as a masked class with target zero.
-template <class S, class Y, class F>
-CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, int64_t from, int64_t to,
+template <bool Packs, class S, class Y, class F>
+CP_DEVICE void for_soft_classes(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row, int from, int to,
                                 const math::TargetSoftmax<computed_t<S>>& of_target, F&& visit) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   const S* z = p.logits + row * p.classes;
-  const Y* y = p.target + row * p.classes;
-  const int step = p.packs ? 1 : who.lanes;
+  const int step = Packs ? 1 : who.lanes;
 #pragma unroll 2  // so that several loads are under way before the first is used
-  for (int64_t j = from + (p.packs ? who.rank * width : who.rank); j < to;
-       j += static_cast<int64_t>(who.lanes) * width) {
+  for (int j = from + who.rank * (Packs ? width : 1); j < to; j += who.lanes * width) {
     T u[width], t[width];
-    if (p.packs) {
-      load_pack(z + j, u);
-      load_pack(y + j, t);
-    } else {
+    read_classes<Packs>(z, j, step, to, -math::infinity<T>, u);
+    read_targets<Packs>(p, row, of_target, j, step, to, t);
+    shift<Packs>(p, j, step, to, u);
+    if (p.margin != nullptr) {
+      T margin[width];
+      read_classes<Packs>(p.margin, j, step, to, T(0), margin);
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const bool here = j + k * step < to;
-        u[k] = here ? static_cast<T>(widen(z[j + k * step])) : T(0);
-        t[k] = here ? static_cast<T>(widen(y[j + k * step])) : T(0);
-      }
+      for (int k = 0; k < width; ++k) u[k] = multiply_add(-margin[k], t[k], u[k]);
     }
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int64_t at = j + k * step;
-      if (p.target_scale != 0 && at < to)
-        t[k] = of_target.factor * math::exp(t[k] * p.target_scale - of_target.top);
-      u[k] = at < to ? p.adjusted(u[k], t[k], at) : -math::infinity<T>;
-    }
+    stretch(p.scale, u);
     visit(u, t, j, step);
   }
 }
 
+// ---- sums of a row ----------------------------------------------------------------------------------------------
+
+// What some classes add to the sums, relative to `base`. Most losses ask for the first three alone.
+template <class S, class Y, class T, int N>
+CP_DEVICE SoftRowShare<T> soft_sums_of(const SoftRowInput<S, Y>& p, const T (&u)[N], const T (&t)[N], T base, int j,
+                                       int step) {
+  SoftRowShare<T> pack{};
+  if (p.smoothing == 0 && !p.divergence && p.class_weight == nullptr) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const T below = u[k] - base;
+      pack.total += math::exp(below);
+      pack.mass += t[k];
+      pack.dot += math::vanishing(t[k], below);
+    }
+    return pack;
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const T below = u[k] - base;
+    const bool live = p.smoothing != 0 && u[k] > -math::infinity<T>;
+    pack.total += math::exp(below);
+    const T w = t[k] != 0 || live ? p.weight(j + k * step) : T(0), a = w * t[k];
+    pack.mass += a;
+    pack.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
+    pack.live += live ? T(1) : T(0);
+    pack.live_weight += live ? w : T(0);
+    pack.gap += live ? w * below : T(0);
+  }
+  return pack;
+}
+
 // With `kept` the adjusted logits are put there.
-template <class S, class Y>
+template <bool Packs, class S, class Y>
 CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p, const RowGroup& who, int64_t row,
                                                     const math::TargetSoftmax<computed_t<S>>& of_target,
                                                     computed_t<S>* kept = nullptr) {
@@ -140,27 +162,17 @@ CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p,
   using T = computed_t<S>;
   SoftRowShare<T> mine = MergeSoftRows::none<SoftRowShare<T>>();
   bool bad = false;
-  for_soft_classes(p, who, row, 0, p.classes, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
-    if (kept != nullptr) write_some(p.packs, u, kept, j, step, p.classes);
+  for_soft_classes<Packs>(p, who, row, 0, p.classes, of_target, [&](const T(&u)[width], const T(&t)[width], int j, int step) {
+    if (kept != nullptr) write_classes<Packs>(u, kept, j, step, p.classes);
     T top = mine.top;
 #pragma unroll
-    for (int k = 0; k < width; ++k) top = u[k] > top ? u[k] : top;
+    for (int k = 0; k < width; ++k) {
+      top = u[k] > top ? u[k] : top;
+      bad |= !(t[k] >= 0 && t[k] <= 1);
+    }
     mine = MergeSoftRows().raised(mine, top);
     const T base = top > -math::infinity<T> ? top : T(0);  // inf - inf would be NaN
-    SoftRowShare<T> pack{};  // a sum of few sums rounds less
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const T below = u[k] - base;
-      const bool live = p.smoothing != 0 && u[k] > -math::infinity<T>;
-      pack.total += math::exp(below);
-      bad = bad || (p.target_scale == 0 && !(t[k] >= 0 && t[k] <= 1));
-      const T w = t[k] != 0 || live ? p.weight(j + k * step) : T(0), a = w * t[k];
-      pack.mass += a;
-      pack.dot += math::vanishing(a, p.divergence ? below - math::log_of_target(t[k]) : below);
-      pack.live += live ? T(1) : T(0);
-      pack.live_weight += live ? w : T(0);
-      pack.gap += live ? w * below : T(0);
-    }
+    const SoftRowShare<T> pack = soft_sums_of(p, u, t, base, j, step);  // a sum of few sums rounds less
     mine = {top,
             mine.total + pack.total,
             mine.mass + pack.mass,
@@ -169,7 +181,7 @@ CP_DEVICE SoftRowShare<computed_t<S>> soft_share_of(const SoftRowInput<S, Y>& p,
             mine.live_weight + pack.live_weight,
             mine.gap + pack.gap};
   });
-  if (bad) stop("target holds a value outside [0, 1]");
+  if (bad && p.target_scale == 0) stop("target holds a value outside [0, 1]");
   return mine;
 }
 
@@ -185,8 +197,8 @@ CP_DEVICE void write_soft_slopes(const math::SoftRowSlopes<T>& s, const math::Ta
   state[4] = of_target.factor;
 }
 
-template <class S, class Y>
-__global__ void __launch_bounds__(row_threads, 2)
+template <class S, class Y, bool Packs>
+__global__ void __launch_bounds__(row_threads, row_resident)
     soft_rows_forward(SoftRowInput<S, Y> p, computed_t<S>* losses, computed_t<S>* state) {
   using T = computed_t<S>;
   __shared__ SoftRowShare<T> scratch[warp_size];
@@ -197,7 +209,7 @@ __global__ void __launch_bounds__(row_threads, 2)
     const bool counts = row < p.rows && p.counts(row);
     math::TargetSoftmax<T> of_target = target_softmax(p, who, row, counts, target_scratch);
     SoftRowShare<T> s = MergeSoftRows::none<SoftRowShare<T>>();
-    if (counts) s = soft_share_of(p, who, row, of_target);
+    if (counts) s = soft_share_of<Packs>(p, who, row, of_target);
     s = who.reduce(s, MergeSoftRows(), scratch);
     if (who.rank != 0 || row >= p.rows) continue;
     const math::SoftRowSums<T> sums{s.top, s.total, s.mass, s.dot, s.live, s.live_weight, s.gap};
@@ -214,35 +226,38 @@ struct SoftSlopes {
 };
 
 // Adjusted logits and targets of some classes to slopes of the logits.
-template <class S, class Y, class T, int N>
+template <bool Packs, class S, class Y, class T, int N>
 CP_DEVICE void soft_slopes_of(const SoftRowInput<S, Y>& p, const SoftSlopes<T>& s, const T (&u)[N], const T (&t)[N],
-                              int64_t j, int step, int64_t to, T (&g)[N]) {
+                              int j, int step, int to, T (&g)[N]) {
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const int64_t at = j + k * step;
-    const T a = p.smoothing == 0 ? t[k] : (1 - p.smoothing) * t[k] + (u[k] > -math::infinity<T> ? s.share : T(0));
-    g[k] = at < to ? (s.exponent * math::exp(u[k] - s.top) - a * p.weight(at)) * s.by * p.factor(at) : T(0);
+    T a = t[k];
+    if (p.smoothing != 0) a = (1 - p.smoothing) * t[k] + (u[k] > -math::infinity<T> ? s.share : T(0));
+    if (p.class_weight != nullptr && (Packs || j + k * step < to)) a *= p.class_weight[j + k * step];
+    g[k] = (s.exponent * math::exp(u[k] - s.top) - a) * s.by;
   }
+  times_factors<Packs>(p, j, step, to, g);
 }
 
-template <class S, class Y>
-__global__ void __launch_bounds__(row_threads, 2)
+template <class S, class Y, bool Packs>
+__global__ void __launch_bounds__(row_threads, row_resident)
     soft_rows_gradient(SoftRowInput<S, Y> p, const computed_t<S>* state, const computed_t<S>* by_row, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
   const RowGroup who(p.lanes);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
   for (int64_t item = who.base + who.index; item < p.rows * slices; item += who.stride) {
-    const int64_t row = item / slices, from = item % slices * row_slice;
-    const int64_t to = from + row_slice < p.classes ? from + row_slice : p.classes;
+    const int64_t row = item / slices;
+    const int from = static_cast<int>(item % slices) * row_slice;
+    const int to = p.classes - from < row_slice ? p.classes : from + row_slice;
     const bool counts = p.counts(row);
     const T* its = state + row * soft_row_state;
     const SoftSlopes<T> s{its[0], its[1], its[2], by_row[row] * p.scale};
     const math::TargetSoftmax<T> of_target{its[3], its[4]};
-    for_soft_classes(p, who, row, from, to, of_target, [&](const T(&u)[width], const T(&t)[width], int64_t j, int step) {
+    for_soft_classes<Packs>(p, who, row, from, to, of_target, [&](const T(&u)[width], const T(&t)[width], int j, int step) {
       T g[width] = {};
-      if (counts) soft_slopes_of(p, s, u, t, j, step, to, g);
-      write_some(p.packs, g, grad + row * p.classes, j, step, to);
+      if (counts) soft_slopes_of<Packs>(p, s, u, t, j, step, to, g);
+      write_classes<Packs>(g, grad + row * p.classes, j, step, to);
     });
   }
 }
@@ -280,7 +295,8 @@ SoftRowInput<S, Y> soft_row_input(const SoftRowProblem& p, const void* grad) {
   using T = computed_t<S>;
   constexpr int width = row_width<S>;
   const bool packs = takes_packs<S, width>(p.logits, p.classes) && takes_packs<Y, width>(p.target, p.classes) &&
-                     takes_packs<S, width>(grad, p.classes);
+                     takes_packs<S, width>(grad, p.classes) && takes_packs<T, width>(p.additive) &&
+                     takes_packs<T, width>(p.multiplicative) && takes_packs<T, width>(p.margin);
   return {static_cast<const S*>(p.logits),
           static_cast<const Y*>(p.target),
           p.mask,
@@ -289,7 +305,7 @@ SoftRowInput<S, Y> soft_row_input(const SoftRowProblem& p, const void* grad) {
           static_cast<const T*>(p.margin),
           static_cast<const T*>(p.class_weight),
           p.rows,
-          p.classes,
+          static_cast<int>(p.classes),
           static_cast<T>(p.scale),
           static_cast<T>(p.smoothing),
           static_cast<T>(p.target_scale),
@@ -302,7 +318,7 @@ template <class S, class Y>
 void soft_rows_forward_on(const SoftRowProblem& p, void* losses, void* state, void* stream) {
   using T = computed_t<S>;
   const SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, nullptr);
-  launch(soft_rows_forward<S, Y>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input,
+  launch(input.packs ? soft_rows_forward<S, Y, true> : soft_rows_forward<S, Y, false>, row_launch(p.rows, input.lanes, row_most_blocks, stream), input,
          static_cast<T*>(losses), static_cast<T*>(state));
 }
 
@@ -311,7 +327,7 @@ void soft_rows_gradient_on(const SoftRowProblem& p, const void* state, const voi
   using T = computed_t<S>;
   const SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, grad);
   const int64_t slices = (p.classes + row_slice - 1) / row_slice;
-  launch(soft_rows_gradient<S, Y>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
+  launch(input.packs ? soft_rows_gradient<S, Y, true> : soft_rows_gradient<S, Y, false>, row_launch(p.rows * slices, input.lanes, row_most_blocks, stream), input,
          static_cast<const T*>(state), static_cast<const T*>(by_row), static_cast<S*>(grad));
 }
 
