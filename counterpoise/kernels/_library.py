@@ -74,11 +74,9 @@ def cpu_function(name: str, result: Any, *arguments: Any) -> Callable[..., Any] 
     return function
 
 
-def seen_by_others(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a tracer or counter follows every operator, or a tensor is not what lies at its address."""
-    if torch._C._len_torch_dispatch_stack() or x.is_neg():
-        return True
-    return any(other is not None and (type(other) is not Tensor or other.is_neg()) for other in others)
+def seen_by_others(x: Tensor) -> bool:
+    """Whether a tracer or counter follows every operator, or ``x`` is not what lies at its address."""
+    return torch._C._len_torch_dispatch_stack() > 0 or x.is_neg()
 
 
 define("gradient_like(Tensor x) -> Tensor")

@@ -88,9 +88,9 @@ def define_member(name: str) -> None:
 
 def as_computed(x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """A class vector as the operators read it; nearly always it is that already."""
-    if x.is_cpu and logits.is_cpu and x.dtype == dtype and x.is_contiguous():
+    if x.is_cpu and logits.is_cpu and type(x) is Tensor and x.dtype == dtype and x.is_contiguous() and not x.is_neg():
         return x
-    return x.to(logits.device, dtype).contiguous()
+    return x.to(logits.device, dtype).contiguous().resolve_neg()
 
 
 def by_entry(mask: Tensor, y: Tensor) -> Tensor:
@@ -164,12 +164,14 @@ def _run_backward(
 def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: Tensor, grad: Tensor) -> None:
     """The loss with its gradient."""
     y, mask, multiplicative, additive, margin, class_weight, weight = inputs
-    if mask is multiplicative is class_weight is weight is None and member == "rows" and z.is_cpu:
+    if mask is multiplicative is class_weight is weight is None and member == "rows" and z.is_cpu and y is not None:
         kind, scale, smoothing, gamma, _, _, ignore_index, divisor, number = settings
-        if smoothing == 0 and kind in _COMMON_KINDS and not seen_by_others(z, additive, margin):
-            given = _address(y), _address(additive), _address(margin), *z.shape
+        if smoothing == 0 and kind in _COMMON_KINDS and not seen_by_others(z):
+            shift = None if additive is None else additive.data_ptr()
+            below = None if margin is None else margin.data_ptr()
             formula = kind, scale, gamma, ignore_index, divisor, number
-            if not _common()(z.data_ptr(), _TYPES[z.dtype], *given, *formula, value.data_ptr(), grad.data_ptr()):
+            places = value.data_ptr(), grad.data_ptr()
+            if not _common()(z.data_ptr(), _TYPES[z.dtype], y.data_ptr(), shift, below, *z.shape, *formula, *places):
                 return
     _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)  # says what is wrong, where something is
 
@@ -181,10 +183,6 @@ def _times(grad: Tensor, upstream: Tensor) -> Tensor:
         return grad
     scale = upstream.item()
     return grad if scale == 1 else grad.mul_(scale)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 class _Total(torch.autograd.Function):
