@@ -88,9 +88,9 @@ def define_member(name: str) -> None:
 
 def as_computed(x: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """A class vector as the operators read it; nearly always it is that already."""
-    if x.is_cpu and logits.is_cpu and type(x) is Tensor and x.dtype == dtype and x.is_contiguous() and not x.is_neg():
+    if x.is_cpu and logits.is_cpu and type(x) is Tensor and x.dtype == dtype and x.is_contiguous():
         return x
-    return x.to(logits.device, dtype).contiguous().resolve_neg()
+    return x.to(logits.device, dtype).contiguous()
 
 
 def by_entry(mask: Tensor, y: Tensor) -> Tensor:
@@ -166,7 +166,8 @@ def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: 
     y, mask, multiplicative, additive, margin, class_weight, weight = inputs
     if mask is multiplicative is class_weight is weight is None and member == "rows" and z.is_cpu and y is not None:
         kind, scale, smoothing, gamma, _, _, ignore_index, divisor, number = settings
-        if smoothing == 0 and kind in _COMMON_KINDS and not seen_by_others(z):
+        negated = (additive is not None and additive.is_neg()) or (margin is not None and margin.is_neg())
+        if smoothing == 0 and kind in _COMMON_KINDS and not negated and not seen_by_others(z):
             shift = None if additive is None else additive.data_ptr()
             below = None if margin is None else margin.data_ptr()
             formula = kind, scale, gamma, ignore_index, divisor, number

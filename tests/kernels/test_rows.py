@@ -358,6 +358,7 @@ def test_a_view_that_is_not_what_lies_at_its_address() -> None:
     z, target = torch.complex(torch.zeros(4, 3), torch.randn(4, 3)).conj().imag, torch.tensor([0, 1, 2, 0])
     assert z.is_neg()
     agree(lambda x: cross_entropy_loss(x, target), z, rtol=1e-5, atol=1e-6)
+    agree(lambda x: adjusted_cross_entropy(x, target, additive=z[0]), torch.randn(4, 3), rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
