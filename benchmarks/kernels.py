@@ -231,7 +231,7 @@ def small_rows() -> Iterator[Row]:
         yield Row(type(loss).__name__, "32 x 10", step(loss, x, target), {"eager": theirs}, same=False, repeats=300)
 
 
-TABLES = {"element": element_rows, "rows": softmax_rows, "pairs": pair_rows, "small": small_rows, "large": large_rows}
+TABLES = {"small": small_rows, "element": element_rows, "rows": softmax_rows, "pairs": pair_rows, "large": large_rows}
 
 
 def seconds(job: Step, repeats: int) -> float:

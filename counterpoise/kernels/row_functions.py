@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +46,14 @@ _STATE = 5  # numbers a row
 @cache
 def _common() -> Callable[..., int]:
     """The host's function for what is asked for nearly always; the dispatcher alone takes longer than a small loss."""
-    p, i, n, x = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-    types = (p, i, p, p, p, n, n, i, x, x, n, i, x, p, p)
-    return cpu_function("counterpoise_rows_common", i, *types) or (lambda *_: 1)
+    p, n = ctypes.c_void_p, ctypes.c_int64
+    return cpu_function("counterpoise_rows_common", ctypes.c_int, p, p, p, p, n, n, p, p, p) or (lambda *_: 1)
+
+
+@lru_cache
+def _formula(*numbers: float) -> Any:
+    """type, kind, scale, gamma, ignore_index and what is divided by, as C has them."""
+    return (ctypes.c_double * len(numbers))(*numbers)
 
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}  # as csrc numbers them
@@ -170,9 +175,9 @@ def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: 
         if smoothing == 0 and kind in _COMMON_KINDS and not negated and not seen_by_others(z):
             shift = None if additive is None else additive.data_ptr()
             below = None if margin is None else margin.data_ptr()
-            formula = kind, scale, gamma, ignore_index, divisor, number
+            formula = _formula(_TYPES[z.dtype], kind, scale, gamma, ignore_index, divisor, number)
             places = value.data_ptr(), grad.data_ptr()
-            if not _common()(z.data_ptr(), _TYPES[z.dtype], y.data_ptr(), shift, below, *z.shape, *formula, *places):
+            if not _common()(z.data_ptr(), y.data_ptr(), shift, below, *z.shape, formula, *places):
                 return
     _MEMBERS[member].total(z, *inputs, settings, value, None, None, grad)  # says what is wrong, where something is
 

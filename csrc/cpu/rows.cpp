@@ -201,25 +201,26 @@ STABLE_TORCH_LIBRARY_IMPL(counterpoise, CPU, m) {
 }  // namespace counterpoise
 
 // rows_total with a gradient, of what is asked for nearly always, without the dispatcher: for a small batch that takes
-// longer than what is computed. Everything is as the operator has it. 0, or 1 where the operator would raise an error.
+// longer than what is computed, as an argument takes longer than a row. 0, or 1 where the operator would raise an error.
 extern "C" __attribute__((visibility("default"))) int counterpoise_rows_common(
-    const void* logits, int type, const int64_t* target, const void* additive, const void* margin, int64_t rows,
-    int64_t classes, int kind, double scale, double gamma, int64_t ignore_index, int normalizer, double number,
-    void* value, void* grad) try {
+    const void* logits, const int64_t* target, const void* additive, const void* margin, int64_t rows, int64_t classes,
+    const double* formula, void* value, void* grad) try {
   using namespace counterpoise;
+  enum { type, kind, scale, gamma, ignore_index, divided_by, number };  // in row_functions.py: _formula
   RowProblem p = {};
   p.logits = logits;
-  p.logits_type = static_cast<Type>(type);
+  p.logits_type = static_cast<Type>(static_cast<int>(formula[type]));
   p.target = target;
   p.additive = additive;
   p.margin = margin;
   p.rows = rows;
   p.classes = classes;
-  p.ignore_index = ignore_index;
-  p.kind = kind;
-  p.scale = scale;
-  p.gamma_pos = gamma;
-  const double divisor = divisor_of(p, nullptr, static_cast<Divisor>(normalizer), number);
+  p.ignore_index = static_cast<int64_t>(formula[ignore_index]);
+  p.kind = static_cast<int>(formula[kind]);
+  p.scale = formula[scale];
+  p.gamma_pos = formula[gamma];
+  const auto by = static_cast<Divisor>(static_cast<int>(formula[divided_by]));
+  const double divisor = divisor_of(p, nullptr, by, formula[number]);
   const double total = total_and_gradient(p, nullptr, divisor, untouched(grad, rows * classes * logit_size(p)));
   if (p.logits_type == Type::float64) {
     *static_cast<double*>(value) = total;
