@@ -13,6 +13,7 @@ using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
 // f with the storage type of the logits.
 template <class F>
 void with_logits_type(const RowProblem& p, const F& f) {
+  STD_TORCH_CHECK(p.classes <= cuda::row_most_classes, "logits have ", p.classes, " classes, expected at most 2^30");
   cuda::with_float_type(p.logits_type, [&](auto* s) { f(s); });
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

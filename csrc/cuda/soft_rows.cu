@@ -11,21 +11,27 @@ namespace {
 template <class P>
 using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
 
-void forward(const SoftRowProblem& p, Tensor& losses, Tensor& state, void* stream) {
-  cuda::with_soft_types(p, [&](auto* s, auto* y) {
-    cuda::soft_rows_forward_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, losses.mutable_data_ptr(),
-                                                                         state.mutable_data_ptr(), stream);
-  });
+// f with the storage types of logits and targets.
+template <class F>
+void with_types(const SoftRowProblem& p, const F& f) {
+  STD_TORCH_CHECK(p.classes <= cuda::row_most_classes, "logits have ", p.classes, " classes, expected at most 2^30");
+  cuda::with_soft_types(p, f);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void forward(const SoftRowProblem& p, Tensor& losses, Tensor& state, void* stream) {
+  with_types(p, [&](auto* s, auto* y) {
+    cuda::soft_rows_forward_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, losses.mutable_data_ptr(),
+                                                                         state.mutable_data_ptr(), stream);
+  });
+}
+
 void gradient(const SoftRowProblem& p, const Tensor& state, const Tensor& by_row, Tensor& grad, void* stream) {
-  cuda::with_soft_types(p, [&](auto* s, auto* y) {
+  with_types(p, [&](auto* s, auto* y) {
     cuda::soft_rows_gradient_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, state.const_data_ptr(),
                                                                           by_row.const_data_ptr(),
                                                                           grad.mutable_data_ptr(), stream);
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void soft_rows_each(CP_SOFT_ROW_INPUTS, std::vector<double> settings, Tensor losses, Tensor state) {
@@ -56,12 +62,11 @@ void soft_rows_total(CP_SOFT_ROW_INPUTS, std::optional<Tensor> weight, std::vect
   Tensor losses = empty_as(logits, {p.rows}, type);
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   if (grad && has_shared_memory(logits, kept_bytes(p))) {
-    cuda::with_soft_types(p, [&](auto* s, auto* y) {
+    with_types(p, [&](auto* s, auto* y) {
       cuda::kept_soft_rows_on<Stored<decltype(s)>, Stored<decltype(y)>>(
           p, data_of(weight), divisor, settings[SoftNumber], partials.mutable_data_ptr(), losses.mutable_data_ptr(),
           value.mutable_data_ptr(), grad->mutable_data_ptr(), device.stream());
     });
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
     return;
   }
   Tensor states = state ? *state : empty_as(logits, {p.rows, soft_row_state}, type);
