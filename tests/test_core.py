@@ -410,3 +410,21 @@ def test_a_second_pass_ends_with_an_exception() -> None:
     with pytest.raises(RuntimeError, match="diverged"), second_pass():
         raise RuntimeError("diverged")
     assert not in_second_pass()
+
+
+def test_class_weights_and_statistics_of_a_loss_of_ones_own() -> None:
+    class Own(Loss):
+        def __init__(self, class_weight: torch.Tensor | None) -> None:
+            super().__init__(reduction="mean", normalizer="count", sync=False)
+            self.class_weight = class_weight
+
+    assert Own(None).class_weight is None
+    weighted = Own(torch.ones(3))
+    assert set(weighted.state_dict()) == {"class_weight"}
+    weighted.class_weight = None
+    assert weighted.class_weight is None
+    assert not hasattr(weighted, "statistics")
+    with pytest.raises(TypeError, match="statistics is a int"):
+        weighted.statistics = 3
+    learned = Own(torch.nn.Parameter(torch.ones(3)))
+    assert isinstance(learned.class_weight, torch.nn.Parameter)

@@ -3,6 +3,7 @@
 from counterpoise._core.checks import (
     at_least_float32,
     check_choice,
+    check_device,
     check_embeddings,
     check_number,
     check_per_row,
@@ -25,6 +26,7 @@ __all__ = [
     "Spec",
     "at_least_float32",
     "check_choice",
+    "check_device",
     "check_embeddings",
     "check_number",
     "check_per_row",

@@ -58,8 +58,16 @@ def check_per_row(name: str, x: Tensor | None, like: Tensor, *, dtype: torch.dty
         raise TypeError(f"{name} is a {type(x).__name__}, expected a tensor of shape ({like.shape[0]},)")
     if x.shape != like.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected ({like.shape[0]},)")
+    if not (x.is_cpu and like.is_cpu):
+        check_device(name, x, like)
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {dtype}")
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    """Raises ValueError unless ``x`` is where ``like`` is."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, expected {like.device}, where the values are that it goes with")
 
 
 def check_embeddings(name: str, z: Tensor, like: Tensor | None = None) -> None:

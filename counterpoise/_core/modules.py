@@ -78,8 +78,8 @@ class Loss(PreciseBuffers):
         raise AttributeError(f"{type(self).__name__} has no class_weight")
 
     @class_weight.setter
-    def class_weight(self, value: Tensor | None) -> None:  # a registered buffer is set by torch before it comes here
-        raise AttributeError(f"{type(self).__name__} has no class_weight to set to {value}")
+    def class_weight(self, value: Tensor | None) -> None:  # torch itself sets what is registered already
+        self._buffers["class_weight"] = value
 
     @property
     def statistics(self) -> Any:
@@ -89,8 +89,10 @@ class Loss(PreciseBuffers):
         raise AttributeError(f"{type(self).__name__} has no statistics")
 
     @statistics.setter
-    def statistics(self, value: Any) -> None:  # nor does a module come here
-        raise AttributeError(f"statistics is {value!r}, expected a module that holds class counts")
+    def statistics(self, value: Any) -> None:  # as it does modules
+        if value is not None:
+            raise TypeError(f"statistics is a {type(value).__name__}, expected a module that holds class counts")
+        self._modules["statistics"] = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Options that are not tensors are at hand together: looking up each takes as long as a small loss."""

@@ -91,7 +91,10 @@ def gradient_like(x: Tensor) -> Tensor:
     return _gradient_op(x)
 
 
-_SCALARS = {dtype: torch.empty((), dtype=torch.float64 if dtype == torch.float64 else torch.float32) for dtype in TYPES}
+_SCALARS = {
+    dtype: torch.empty((), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="cpu")
+    for dtype in TYPES
+}  # whatever the default device was when this was imported
 
 
 def scalar_like(x: Tensor) -> Tensor:

@@ -240,7 +240,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: tuple[Inputs, list[float], Plain]) -> Tensor:
         ctx.call, (inputs, settings, _) = call, call
-        ctx.save_for_backward(logits)
+        # On an accelerator what comes from above decides whether they are read again: that they are as they were.
+        ctx.save_for_backward(logits, *(() if logits.is_cpu else inputs))
         value, z = scalar_like(logits), logits.contiguous()
         # A float16 gradient must not be rounded before the scale that keeps it from vanishing has multiplied it. On an
         # accelerator it is made again where there is such a scale, of which the host does not know.
@@ -253,30 +254,23 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         again = wants_plain(upstream)
-        if ctx.grad is not None and not again:
-            return _Total._handed_over(ctx, upstream), None
+        grad = None if again else ctx.__dict__.pop("grad", None)  # at once, should two threads come
+        if grad is not None and grad.is_cpu:
+            scale = upstream.item()
+            return (grad if scale == 1 else grad.mul_(scale)), None
         inputs, settings, plain = ctx.call
-        (logits,) = ctx.saved_tensors
+        logits = ctx.saved_tensors[0]
         if again:
             return differentiable(plain, logits, upstream), None
         z = logits.contiguous()
         if ctx.divisor is None:  # the graph was retained
             ctx.divisor = _new(logits)
             _total_op(z, *inputs, settings, _new(logits), ctx.divisor, None)
-        grad = gradient_like(z)
-        _total_backward_op(z, *inputs, settings, upstream, ctx.divisor.flatten()[0], grad)
+        divisor = ctx.divisor
+        if grad is None or torch.cuda.is_current_stream_capturing():  # a graph may run its backward pass more than once
+            grad, divisor = gradient_like(z), divisor.flatten()[0]
+        _total_backward_op(z, *inputs, settings, upstream, divisor, grad)
         return grad, None
-
-    @staticmethod
-    def _handed_over(ctx: Any, upstream: Tensor) -> Tensor:
-        """The gradient that came with the loss, times what comes from above."""
-        grad, ctx.grad = ctx.grad, None
-        if grad.is_cpu:
-            scale = upstream.item()
-            return grad if scale == 1 else grad.mul_(scale)
-        inputs, settings, _ = ctx.call
-        _total_backward_op(ctx.saved_tensors[0].contiguous(), *inputs, settings, upstream, ctx.divisor, grad)
-        return grad
 
 
 class _Rows(torch.autograd.Function):

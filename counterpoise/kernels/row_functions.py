@@ -63,6 +63,7 @@ _COMMON_KINDS = (0, 1)  # cross-entropy and focal
 # On an accelerator alone.
 define("scale_gradient_(Tensor(a!) grad, Tensor upstream) -> ()")
 LIBRARY.impl("scale_gradient_", lambda *_: None, "Meta")
+_scale_op = torch.ops.counterpoise.scale_gradient_.default
 
 
 class _Operators(NamedTuple):
@@ -185,7 +186,9 @@ def _emit(member: str, z: Tensor, inputs: Inputs, settings: list[float], value: 
 def _times(grad: Tensor, upstream: Tensor) -> Tensor:
     """A gradient times what comes from above, nearly always one; nothing waits for a device to say so."""
     if not grad.is_cpu:
-        torch.ops.counterpoise.scale_gradient_(grad, upstream)
+        if torch.cuda.is_current_stream_capturing():  # a graph may run its backward pass more than once
+            return grad * upstream
+        _scale_op(grad, upstream)
         return grad
     scale = upstream.item()
     return grad if scale == 1 else grad.mul_(scale)
@@ -212,8 +215,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         again = wants_plain(upstream)
-        if ctx.grad is not None and not again:
-            grad, ctx.grad = ctx.grad, None
+        grad = None if again else ctx.__dict__.pop("grad", None)  # at once, should two threads come
+        if grad is not None:
             return _times(grad, upstream), None
         member, inputs, settings, plain, options = ctx.call
         (logits,) = ctx.saved_tensors

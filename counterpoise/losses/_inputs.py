@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from counterpoise._core import at_least_float32, check_per_row, check_within, readable
+from counterpoise._core import at_least_float32, check_device, check_per_row, check_within, readable
 
 
 def check_multilabel(logits: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
@@ -17,9 +17,11 @@ def check_multilabel(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         raise ValueError("logits has shape (), expected (N,) or (N, C, ...)")
     if target.shape != logits.shape:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected that of logits {tuple(logits.shape)}")
+    if not (logits.is_cpu and target.is_cpu):
+        check_device("target", target, logits)
     check_per_row("weight", weight, logits)
     if mask is not None:
-        _check_mask(mask, (logits.shape[:1], logits.shape))
+        _check_mask(mask, logits, logits.shape)
 
 
 def labels_and_live(logits: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -41,11 +43,13 @@ def labels_and_live(logits: Tensor, target: Tensor, mask: Tensor | None) -> tupl
     return torch.where(live, z, 0), t, live
 
 
-def _check_mask(mask: Tensor, shapes: tuple[torch.Size, torch.Size]) -> None:
+def _check_mask(mask: Tensor, logits: Tensor, whole: torch.Size) -> None:
+    shapes = (logits.shape[:1], whole)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, expected torch.bool (True = counts)")
     if mask.shape not in shapes:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(shapes[0])} or {tuple(shapes[1])}")
+    check_device("mask", mask, logits)
 
 
 def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
@@ -54,6 +58,8 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating type")
     if logits.ndim < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C) or (N, C, d1, ...)")
+    if not (logits.is_cpu and target.is_cpu):
+        check_device("target", target, logits)
     plain = mask is None and weight is None and logits.ndim == 2 and target.ndim == 1
     if plain and target.numel() == logits.size(0) and not target.is_floating_point():  # what comes nearly always
         return
@@ -71,7 +77,7 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
         )
     check_per_row("weight", weight, logits)
     if mask is not None:
-        _check_mask(mask, (logits.shape[:1], indices_shape))
+        _check_mask(mask, logits, indices_shape)
 
 
 def class_indices(

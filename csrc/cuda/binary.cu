@@ -14,22 +14,19 @@ void with_logits_type(const BinaryProblem& p, const F& f) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class P>
-using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
-
 void binary_rows(const Tensor& logits, const Tensor& target, std::optional<Tensor> mask,
                  std::optional<Tensor> entry_weight, std::vector<double> settings, Tensor sums, Tensor counts) {
   const OnDevice device(logits);
   const BinaryProblem p = binary_problem(logits, target, mask, entry_weight, settings);
   with_logits_type(p, [&](auto* s) {
-    cuda::binary_rows_on<Stored<decltype(s)>>(p, sums.mutable_data_ptr(), counts.mutable_data_ptr(), device.stream());
+    cuda::binary_rows_on<cuda::Stored<decltype(s)>>(p, sums.mutable_data_ptr(), counts.mutable_data_ptr(), device.stream());
   });
 }
 
 void grad_into(const BinaryProblem& p, const void* by_row, const void* upstream, const void* divisor, bool mean,
                Tensor& grad, void* stream, const void* settled = nullptr) {
   with_logits_type(p, [&](auto* s) {
-    cuda::binary_grad_on<Stored<decltype(s)>>(p, by_row, upstream, divisor, mean, grad.mutable_data_ptr(), stream,
+    cuda::binary_grad_on<cuda::Stored<decltype(s)>>(p, by_row, upstream, divisor, mean, grad.mutable_data_ptr(), stream,
                                               settled);
   });
 }
@@ -61,7 +58,7 @@ void binary_total(const Tensor& logits, const Tensor& target, std::optional<Tens
   const bool both = grad && divided_by.numel() == 2;
   STD_TORCH_CHECK(!both || !(mask || entry_weight || weight), "a gradient in one pass takes no masks and no weights");
   with_logits_type(p, [&](auto* s) {
-    using S = Stored<decltype(s)>;
+    using S = cuda::Stored<decltype(s)>;
     both ? cuda::binary_both_on<S>(p, t, grad->mutable_data_ptr(), device.stream())
          : cuda::binary_total_on<S>(p, t, device.stream());
   });

@@ -2,7 +2,7 @@
 //
 // Entries lie flat where it does not matter which row one belongs to: a thread then takes several neighbours at once.
 // Else a row belongs to a few neighbouring threads, to a warp, or to a block, by its length. Sums are added in double,
-// in an order that the shape alone decides: the same result on every run and on every GPU. Nothing waits for the host:
+// in an order that shape and alignment decide: the same result on every run and on every GPU. Nothing waits for the host:
 // how many rows count is found, and divided by, on the device.
 #pragma once
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../cpu/capability.h"
 #include "../math/primitives.h"
@@ -42,10 +43,22 @@ struct Launch {
   int shared = 0;
 };
 
+// Asks for all the shared memory that a block may have, so that every thread of the host asks for the same.
+template <class... P>
+void allow_shared_memory(void (*kernel)(P...), int bytes) {
+  int device = 0, most = 0;
+  cudaFuncAttributes of_kernel = {};
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaFuncGetAttributes(&of_kernel, kernel);
+  most -= static_cast<int>(of_kernel.sharedSizeBytes);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most > bytes ? most : bytes);
+}
+
 template <class... P, class... A>
 void launch(void (*kernel)(P...), const Launch& on, A... arguments) {
   constexpr int granted = 48 << 10;  // more has to be asked for
-  if (on.shared > granted) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared);
+  if (on.shared > granted) allow_shared_memory(kernel, on.shared);
   kernel<<<static_cast<unsigned>(on.blocks), on.threads, on.shared, static_cast<cudaStream_t>(on.stream)>>>(
       static_cast<P>(arguments)...);
 }
@@ -107,6 +120,10 @@ template <>
 struct Narrow<float16> {
   static CP_DEVICE float16 from(float x) { return {half_bits_of_float(x)}; }
 };
+
+// What a null pointer to a storage type points to.
+template <class P>
+using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
 
 // Calls f with a null pointer of the storage type.
 template <class F>
@@ -195,11 +212,6 @@ struct LogSum {
   T largest, sum;
 };
 
-template <class T>
-CP_DEVICE T log_sum_exp(const LogSum<T>& x) {
-  return x.largest + math::log(x.sum);
-}
-
 // Two sums that are carried together.
 template <class T>
 struct Two {
@@ -249,10 +261,6 @@ struct Merge {
   }
 };
 
-template <class T>
-CP_DEVICE T from_lane(T x, int source) {
-  return __shfl_sync(all_lanes, x, source);
-}
 template <class T>
 CP_DEVICE T across(T x, int distance) {
   return __shfl_xor_sync(all_lanes, x, distance);

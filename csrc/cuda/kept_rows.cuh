@@ -70,17 +70,20 @@ CP_DEVICE void write_kept(const RowInput<S>& p, const RowGroup& who, int64_t row
                           const math::RowSlopes<computed_t<S>>& s, S* grad) {
   constexpr int width = row_width<S>;
   using T = computed_t<S>;
-  const int y = static_cast<int>(p.target[row]);
-  for_kept<Packs>(p, who, kept, [&](const T(&x)[width], int j, int step) {
-    T g[width];
-#pragma unroll
-    for (int k = 0; k < width; ++k) g[k] = counts ? x[k] : T(0);
+  const int y = static_cast<int>(p.target[row]), step = Packs ? 1 : who.lanes;
+#pragma unroll 2
+  for (int j = who.rank * (Packs ? width : 1); j < p.classes; j += who.lanes * width) {
+    T g[width] = {};
     if (counts) {
+      T u[width];
+      read_classes<Packs>(kept, j, step, p.classes, -math::infinity<T>, u);
+#pragma unroll
+      for (int k = 0; k < width; ++k) g[k] = u[k];
       if (p.c.smoothing != 0) exponentials(g, s.top);
-      slopes_of<Packs>(p, s, y, x, j, step, p.classes, g);
+      slopes_of<Packs>(p, s, y, u, j, step, p.classes, g);
     }
     write_classes<Packs>(g, grad + row * p.classes, j, step, p.classes);
-  });
+  }
 }
 
 template <class S, bool Packs>
@@ -132,16 +135,16 @@ __global__ void __launch_bounds__(row_threads) scale_gradient(S* grad, int64_t n
 // Threads that share a row. Blocks are small where a multiprocessor has room for several rows, so that one reads while
 // another computes.
 template <class S>
-int kept_lanes(int64_t classes) {
+int kept_lanes(int64_t classes, int most = kept_threads<S>) {
   const int64_t bytes = classes * static_cast<int64_t>(sizeof(computed_t<S>));
   const int lanes = bytes <= 56 << 10 ? row_lanes<S>(classes) : (bytes <= 112 << 10 ? 512 : 1024);
-  return lanes < kept_threads<S> ? lanes : kept_threads<S>;
+  return lanes < most ? lanes : most;
 }
 
 // Bytes of shared memory that a block needs for its rows.
 template <class S>
-int64_t kept_bytes(int64_t classes) {
-  const int lanes = kept_lanes<S>(classes);
+int64_t kept_bytes(int64_t classes, int most = kept_threads<S>) {
+  const int lanes = kept_lanes<S>(classes, most);
   return row_block(lanes) / lanes * classes * static_cast<int64_t>(sizeof(computed_t<S>));
 }
 

@@ -57,31 +57,19 @@ __global__ void __launch_bounds__(kept_soft_threads, 1)
   }
 }
 
-template <class S>
-int kept_soft_lanes(int64_t classes) {
-  const int lanes = kept_lanes<S>(classes);
-  return lanes < kept_soft_threads ? lanes : kept_soft_threads;
-}
-
-template <class S>
-int64_t kept_soft_bytes(int64_t classes) {
-  const int lanes = kept_soft_lanes<S>(classes);
-  return row_block(lanes) / lanes * classes * static_cast<int64_t>(sizeof(computed_t<S>));
-}
-
 // The total and the gradient of rows that shared memory holds; `partials` as rows_total_on has it.
 template <class S, class Y>
 void kept_soft_rows_on(const SoftRowProblem& p, const void* weight, int kind, double number, void* partials, void* losses,
                        void* total, void* grad, void* stream) {
   using T = computed_t<S>;
   SoftRowInput<S, Y> input = soft_row_input<S, Y>(p, grad);
-  input.lanes = kept_soft_lanes<S>(p.classes);
+  input.lanes = kept_lanes<S>(p.classes, kept_soft_threads);
   const auto out = row_total<T>(losses, weight, kind, number, partials, total, nullptr);
   auto divisor = out;
   divisor.losses = nullptr;
   if (out.kind != RowDivisor::number) add_up_soft_rows(p, divisor, stream);
   Launch on = row_launch(p.rows, input.lanes, row_most_blocks, stream);
-  on.shared = static_cast<int>(kept_soft_bytes<S>(p.classes));
+  on.shared = static_cast<int>(kept_bytes<S>(p.classes, kept_soft_threads));
   launch(input.packs ? kept_soft_rows<S, Y, true> : kept_soft_rows<S, Y, false>, on, input, out, static_cast<S*>(grad));
   add_up_soft_rows(p, out, stream);
 }

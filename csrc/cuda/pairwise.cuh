@@ -1,7 +1,7 @@
 // Pairwise family: a block takes a row of a tile of products, several neighbours a thread. Its sums are made in one pass,
 // relative to the largest logit so far; a second one, where the exponentials are asked for, finds the row in the cache.
 //
-// Sums are combined in an order that the shape alone decides. No sum runs down a column: where queries are keys, only
+// Sums are combined in an order that shape and alignment decide. No sum runs down a column: where queries are keys, only
 // the slopes serve both directions.
 #pragma once
 

@@ -60,15 +60,7 @@ struct RowGroup {
 
   template <class Combine, class R>
   CP_DEVICE R reduce(R x, Combine combine, R* scratch) const {
-    if (lanes <= warp_size) return warp_reduce(x, combine, lanes);
-    // MergeRows::none is a template of its result, block_reduce's of what it is given: the same.
-    x = warp_reduce(x, combine);
-    if (lane() == 0) scratch[warp()] = x;
-    __syncthreads();
-    R all = lane() < warps() ? scratch[lane()] : Combine::template none<R>();
-    all = warp_reduce(all, combine);
-    __syncthreads();
-    return all;
+    return lanes <= warp_size ? warp_reduce(x, combine, lanes) : block_reduce(x, combine, scratch);
   }
 };
 

@@ -7,9 +7,6 @@
 namespace counterpoise {
 namespace {
 
-template <class P>
-using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
-
 // f with the storage type of the logits.
 template <class F>
 void with_logits_type(const RowProblem& p, const F& f) {
@@ -20,7 +17,7 @@ void with_logits_type(const RowProblem& p, const F& f) {
 
 void forward(const RowProblem& p, Tensor& losses, Tensor& state, void* stream) {
   with_logits_type(p, [&](auto* s) {
-    cuda::rows_forward_on<Stored<decltype(s)>>(p, losses.mutable_data_ptr(), state.mutable_data_ptr(), stream);
+    cuda::rows_forward_on<cuda::Stored<decltype(s)>>(p, losses.mutable_data_ptr(), state.mutable_data_ptr(), stream);
   });
 }
 
@@ -34,14 +31,14 @@ void rows_backward(CP_ROW_INPUTS, std::vector<double> settings, const Tensor& st
   const OnDevice device(logits);
   const RowProblem p = CP_ROW_PROBLEM;
   with_logits_type(p, [&](auto* s) {
-    cuda::rows_gradient_on<Stored<decltype(s)>>(p, state.const_data_ptr(), by_row.const_data_ptr(),
+    cuda::rows_gradient_on<cuda::Stored<decltype(s)>>(p, state.const_data_ptr(), by_row.const_data_ptr(),
                                                 grad.mutable_data_ptr(), device.stream());
   });
 }
 
 int64_t kept_bytes(const RowProblem& p) {
   int64_t bytes = 0;
-  cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_bytes<Stored<decltype(s)>>(p.classes); });
+  cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_bytes<cuda::Stored<decltype(s)>>(p.classes); });
   return bytes;
 }
 
@@ -57,7 +54,7 @@ void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double>
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   if (grad && has_shared_memory(logits, kept_bytes(p))) {
     with_logits_type(p, [&](auto* s) {
-      cuda::kept_rows_on<Stored<decltype(s)>>(p, data_of(weight), divisor, settings[Number],
+      cuda::kept_rows_on<cuda::Stored<decltype(s)>>(p, data_of(weight), divisor, settings[Number],
                                               partials.mutable_data_ptr(), losses.mutable_data_ptr(),
                                               value.mutable_data_ptr(), grad->mutable_data_ptr(), device.stream());
     });
@@ -67,7 +64,7 @@ void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double>
   Tensor factors = factor ? *factor : empty_as(logits, {p.rows}, type);
   forward(p, losses, states, device.stream());
   with_logits_type(p, [&](auto* s) {
-    using S = Stored<decltype(s)>;
+    using S = cuda::Stored<decltype(s)>;
     cuda::rows_total_on<S>(p, losses.mutable_data_ptr(), data_of(weight), divisor, settings[Number],
                            partials.mutable_data_ptr(), value.mutable_data_ptr(), factors.mutable_data_ptr(),
                            device.stream());
@@ -81,7 +78,7 @@ void rows_total(CP_ROW_INPUTS, std::optional<Tensor> weight, std::vector<double>
 void scale_gradient(Tensor grad, const Tensor& upstream) {
   const OnDevice device(grad);
   cuda::with_float_type(type_of(grad), [&](auto* s) {
-    cuda::scale_gradient_on<Stored<decltype(s)>>(grad.mutable_data_ptr(), grad.numel(), upstream.const_data_ptr(),
+    cuda::scale_gradient_on<cuda::Stored<decltype(s)>>(grad.mutable_data_ptr(), grad.numel(), upstream.const_data_ptr(),
                                                  device.stream());
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -1,7 +1,8 @@
 // Row-wise family: a row belongs to some lanes of a warp or, where it is long, to a block. The forward pass reads it
 // once (twice for the asymmetric form), keeping sums relative to the largest logit so far, and leaves five numbers a row
 // from which the backward pass makes the gradient in one more pass; kept_rows.cuh makes both at once. Sums are added in
-// an order that the shape alone decides, and what the mean divides by is found on the device: nothing waits for the host.
+// an order that shape and alignment decide, and whether the total comes with its gradient. What the mean divides by is
+// found on the device: nothing waits for the host.
 #pragma once
 
 #include "row_input.cuh"

@@ -77,6 +77,7 @@ struct Farther {
   }
   CP_DEVICE Farthest operator()(Farthest a, Farthest b) const {
     if (a.at < 0 || b.at < 0) return a.at < 0 ? b : a;
+    if (a.distance != a.distance || b.distance != b.distance) return a.at < b.at ? a : b;  // all lanes have to agree
     return a.distance > b.distance || (a.distance == b.distance && a.at < b.at) ? a : b;
   }
 };

@@ -8,9 +8,6 @@
 namespace counterpoise {
 namespace {
 
-template <class P>
-using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
-
 // f with the storage types of logits and targets.
 template <class F>
 void with_types(const SoftRowProblem& p, const F& f) {
@@ -21,14 +18,14 @@ void with_types(const SoftRowProblem& p, const F& f) {
 
 void forward(const SoftRowProblem& p, Tensor& losses, Tensor& state, void* stream) {
   with_types(p, [&](auto* s, auto* y) {
-    cuda::soft_rows_forward_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, losses.mutable_data_ptr(),
+    cuda::soft_rows_forward_on<cuda::Stored<decltype(s)>, cuda::Stored<decltype(y)>>(p, losses.mutable_data_ptr(),
                                                                          state.mutable_data_ptr(), stream);
   });
 }
 
 void gradient(const SoftRowProblem& p, const Tensor& state, const Tensor& by_row, Tensor& grad, void* stream) {
   with_types(p, [&](auto* s, auto* y) {
-    cuda::soft_rows_gradient_on<Stored<decltype(s)>, Stored<decltype(y)>>(p, state.const_data_ptr(),
+    cuda::soft_rows_gradient_on<cuda::Stored<decltype(s)>, cuda::Stored<decltype(y)>>(p, state.const_data_ptr(),
                                                                           by_row.const_data_ptr(),
                                                                           grad.mutable_data_ptr(), stream);
   });
@@ -47,7 +44,9 @@ void soft_rows_backward(CP_SOFT_ROW_INPUTS, std::vector<double> settings, const 
 
 int64_t kept_bytes(const SoftRowProblem& p) {
   int64_t bytes = 0;
-  cuda::with_float_type(p.logits_type, [&](auto* s) { bytes = cuda::kept_soft_bytes<Stored<decltype(s)>>(p.classes); });
+  cuda::with_float_type(p.logits_type, [&](auto* s) {
+    bytes = cuda::kept_bytes<cuda::Stored<decltype(s)>>(p.classes, cuda::kept_soft_threads);
+  });
   return bytes;
 }
 
@@ -63,7 +62,7 @@ void soft_rows_total(CP_SOFT_ROW_INPUTS, std::optional<Tensor> weight, std::vect
   Tensor partials = empty_as(logits, {2 * cuda::row_partials + 1}, ScalarType::Double);
   if (grad && has_shared_memory(logits, kept_bytes(p))) {
     with_types(p, [&](auto* s, auto* y) {
-      cuda::kept_soft_rows_on<Stored<decltype(s)>, Stored<decltype(y)>>(
+      cuda::kept_soft_rows_on<cuda::Stored<decltype(s)>, cuda::Stored<decltype(y)>>(
           p, data_of(weight), divisor, settings[SoftNumber], partials.mutable_data_ptr(), losses.mutable_data_ptr(),
           value.mutable_data_ptr(), grad->mutable_data_ptr(), device.stream());
     });

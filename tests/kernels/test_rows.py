@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -359,6 +362,16 @@ def test_a_view_that_is_not_what_lies_at_its_address() -> None:
     assert z.is_neg()
     agree(lambda x: cross_entropy_loss(x, target), z, rtol=1e-5, atol=1e-6)
     agree(lambda x: adjusted_cross_entropy(x, target, additive=z[0]), torch.randn(4, 3), rtol=1e-5, atol=1e-6)
+
+
+def test_the_default_device_may_be_another_one() -> None:
+    code = (
+        "import torch\nwith torch.device('meta'):\n    from counterpoise.losses import cross_entropy_loss\n"
+        "z = torch.zeros(4, 3, requires_grad=True)\n"
+        "print(cross_entropy_loss(z, torch.tensor([0, 1, 2, 0])).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(math.log(3), abs=1e-6)
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from counterpoise.losses import (
     ldam_loss,
     ldam_margins,
     logit_adjusted_loss,
+    sigmoid_focal_loss,
     softmax_focal_loss,
 )
 
@@ -311,3 +312,12 @@ def test_buffers_are_not_the_callers_tensors() -> None:
     LogitAdjustedLoss(counts).load_state_dict(other.state_dict())
     assert weights.tolist() == [1.0, 2.0]
     assert counts.tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("name", ["target", "weight", "mask"])
+def test_all_inputs_are_on_one_device(name: str) -> None:
+    given = {"target": torch.zeros(4).long(), "weight": torch.ones(4), "mask": torch.ones(4).bool()}
+    for loss, z in ((cross_entropy_loss, torch.zeros(4, 3)), (sigmoid_focal_loss, torch.zeros(4))):
+        options = {**given, name: given[name].to("meta")}
+        with pytest.raises(ValueError, match=rf"{name} is on meta, expected cpu"):
+            loss(z, **options)

@@ -26,8 +26,9 @@ __global__ void reduce(const float* x, int64_t n, int lanes, float* sums, float*
   sums[2 * place] = all.first;
   sums[2 * place + 1] = all.second;
   largest[place] = block_reduce(high, Larger(), scratch);
-  log_sums[place] = log_sum_exp(block_reduce(log_sum, Merge(), scratch_log));
-  grouped[place] = warp_reduce(static_cast<float>(threadIdx.x), Add(), lanes) + from_lane(0.0f, 5);
+  const LogSum<float> merged = block_reduce(log_sum, Merge(), scratch_log);
+  log_sums[place] = merged.largest + counterpoise::math::log(merged.sum);
+  grouped[place] = warp_reduce(static_cast<float>(threadIdx.x), Add(), lanes);
 }
 
 template <class S>

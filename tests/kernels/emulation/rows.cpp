@@ -7,9 +7,6 @@ using namespace counterpoise;
 
 namespace {
 
-template <class P>
-using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
-
 RowProblem problem(Folder& in) {
   return {in.read("logits"),
           static_cast<Type>(in.whole("logits_type")),
@@ -61,7 +58,7 @@ int main(int, char** arguments) {
 #if defined(FLOAT_ALONE)
   run<float>(folder, p);
 #else
-  cuda::with_float_type(p.logits_type, [&](auto* s) { run<Stored<decltype(s)>>(folder, p); });
+  cuda::with_float_type(p.logits_type, [&](auto* s) { run<cuda::Stored<decltype(s)>>(folder, p); });
 #endif
   folder.keep();
 }

@@ -7,9 +7,6 @@ using namespace counterpoise;
 
 namespace {
 
-template <class P>
-using Stored = std::remove_const_t<std::remove_pointer_t<P>>;
-
 SoftRowProblem problem(Folder& in) {
   return {in.read("logits"),
           in.read("target"),
@@ -58,7 +55,7 @@ int main(int, char** arguments) {
 #if defined(FLOAT_ALONE)
   run<float, float>(folder, p);
 #else
-  cuda::with_soft_types(p, [&](auto* s, auto* y) { run<Stored<decltype(s)>, Stored<decltype(y)>>(folder, p); });
+  cuda::with_soft_types(p, [&](auto* s, auto* y) { run<cuda::Stored<decltype(s)>, cuda::Stored<decltype(y)>>(folder, p); });
 #endif
   folder.keep();
 }
