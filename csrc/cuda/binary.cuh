@@ -83,26 +83,11 @@ CP_DEVICE void write_total(const Two<double>& all, const BinarySums<T>& out) {
   *out.divided_by = static_cast<T>(divisor);
 }
 
-// The block's share of the total and of the rows that count; the only block concludes at once.
-template <class T>
-CP_DEVICE void give_share(const Two<double>& mine, const BinarySums<T>& out, Two<double>* scratch) {
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    write_total(all, out);
-  } else {
-    out.partials[blockIdx.x] = all;
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(binary_threads, binary_resident) binary_conclude(BinarySums<T> out, int partials) {
   __shared__ Two<double> scratch[warp_size];
   if (is_settled(out.settled)) return;
-  Two<double> mine{0, 0};
-  for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x == 0) write_total(all, out);
+  add_shares(out.partials, partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 template <class S, class Form>
@@ -144,7 +129,8 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_f
     mine.first += static_cast<double>(sum);
     mine.second += static_cast<double>(count);
   }
-  if (out.sums == nullptr) give_share(mine, out, scratch);
+  if (out.sums != nullptr) return;
+  give_share(mine, out.partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 template <class S, class Form>
@@ -182,7 +168,8 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_sums_r
       mine.second += 1;
     }
   }
-  if (out.sums == nullptr) give_share(mine, out, scratch);
+  if (out.sums != nullptr) return;
+  give_share(mine, out.partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 // ---- gradients --------------------------------------------------------------------------------------------------

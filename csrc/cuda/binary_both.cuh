@@ -52,22 +52,13 @@ __global__ void __launch_bounds__(binary_threads, binary_resident) binary_both_f
     mine.first += static_cast<double>(sum);
     mine.second += static_cast<double>(count);
   }
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    write_both(all, n, out);
-  } else {
-    out.partials[blockIdx.x] = all;
-  }
+  give_share(mine, out.partials, scratch, [&](const Two<double>& all) { write_both(all, n, out); });
 }
 
 template <class S>
 __global__ void __launch_bounds__(binary_threads) binary_conclude_both(int64_t n, BinaryBoth<S> out, int partials) {
   __shared__ Two<double> scratch[warp_size];
-  Two<double> mine{0, 0};
-  for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x == 0) write_both(all, n, out);
+  add_shares(out.partials, partials, scratch, [&](const Two<double>& all) { write_both(all, n, out); });
 }
 
 // The total and its gradient; `divided_by` has room for two numbers, for binary_grad_on's `settled`.

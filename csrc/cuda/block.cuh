@@ -295,4 +295,28 @@ CP_DEVICE T block_reduce(T x, Combine combine, T* scratch) {
   return all;
 }
 
+// ---- totals over a grid -----------------------------------------------------------------------------------------
+//
+// Each block leaves its share, and one block of a second kernel adds them in order; a grid of one block concludes at
+// once. conclude(all) is called by one thread.
+
+template <class F>
+CP_DEVICE void give_share(const Two<double>& mine, Two<double>* shares, Two<double>* scratch, F&& conclude) {
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    conclude(all);
+  } else {
+    shares[blockIdx.x] = all;
+  }
+}
+
+template <class F>
+CP_DEVICE void add_shares(const Two<double>* shares, int count, Two<double>* scratch, F&& conclude) {
+  Two<double> mine{0, 0};
+  for (int i = threadIdx.x; i < count; i += blockDim.x) mine = Add()(mine, shares[i]);
+  const Two<double> all = block_reduce(mine, Add(), scratch);
+  if (threadIdx.x == 0) conclude(all);
+}
+
 }  // namespace counterpoise::cuda

@@ -249,18 +249,6 @@ CP_DEVICE void write_total(const Two<double>& all, const RowTotal<T>& out) {
   *out.divisor = divisor;
 }
 
-// The block's share of the total and of what it is divided by; the only block concludes at once.
-template <class T>
-CP_DEVICE void give_share(const Two<double>& mine, const RowTotal<T>& out, Two<double>* scratch) {
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x != 0) return;
-  if (gridDim.x == 1) {
-    write_total(all, out);
-  } else {
-    out.partials[blockIdx.x] = all;
-  }
-}
-
 template <class S>
 __global__ void __launch_bounds__(row_threads) rows_share_total(RowInput<S> p, RowTotal<computed_t<S>> out) {
   __shared__ Two<double> scratch[warp_size];
@@ -275,16 +263,13 @@ __global__ void __launch_bounds__(row_threads) rows_share_total(RowInput<S> p, R
                    : out.kind == RowDivisor::foreground ? (y > 0 ? 1.0 : 0.0)
                                                         : 1.0;
   }
-  give_share(mine, out, scratch);
+  give_share(mine, out.partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 template <class T>
 __global__ void __launch_bounds__(row_threads) rows_conclude(RowTotal<T> out, int partials) {
   __shared__ Two<double> scratch[warp_size];
-  Two<double> mine{0, 0};
-  for (int i = threadIdx.x; i < partials; i += blockDim.x) mine = Add()(mine, out.partials[i]);
-  const Two<double> all = block_reduce(mine, Add(), scratch);
-  if (threadIdx.x == 0) write_total(all, out);
+  add_shares(out.partials, partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 template <class T>

@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(row_threads)
     if (out.losses != nullptr) mine.first += w * static_cast<double>(out.losses[i]);
     mine.second += out.kind == RowDivisor::weight ? w : 1.0;
   }
-  give_share(mine, out, scratch);
+  give_share(mine, out.partials, scratch, [&](const Two<double>& all) { write_total(all, out); });
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
