@@ -32,10 +32,10 @@ struct Sigmoid {
   T lose, gain;  // -log p, -log q
 };
 
-template <class T>
+template <bool Finite = false, class T>
 CP_INLINE Sigmoid<T> sigmoid(T u) {
-  const T size = u < 0 ? -u : u;
-  const T e = exp_of_negative(-size);
+  const T size = std::abs(u);
+  const T e = exp_of_negative<Finite>(-size);
   const auto [tail, r] = log1p_unit(e);
   const T small = e * r;
   const bool up = u >= 0;
@@ -52,9 +52,9 @@ CP_INLINE T fading(T p, T x) {
 // cross-entropy is gamma = 0.
 template <int P, bool Finite, class T>
 CP_INLINE ValueSlope<T> focal_hard(T z, T t, const BinaryParameters<T>& c) {
-  const T sign = 2 * t - 1;
-  const Sigmoid<T> s = sigmoid(sign * z);
-  const T alpha = t > 0 ? c.alpha_pos : c.alpha_neg;
+  const bool positive = t > 0;
+  const Sigmoid<T> s = sigmoid<Finite>(positive ? z : -z);
+  const T alpha = positive ? c.alpha_pos : c.alpha_neg, sign = 2 * t - 1;
   if constexpr (P == 0) return {alpha * s.lose, -sign * alpha * s.q};
   const T focus = alpha * power<P>(s.q, -s.gain, c.gamma_pos);
   return {focus * s.lose, -sign * focus * (s.q + c.gamma_pos.value * fading<Finite>(s.p, s.lose))};
@@ -84,7 +84,7 @@ CP_INLINE ValueSlope<T> focal_star(T z, T t, const BinaryParameters<T>& c) {
 // A term that is clamped at log_eps has no slope of its own.
 template <int P, int N, bool Margin, bool Finite, class T>
 CP_INLINE ValueSlope<T> asymmetric_hard(T z, T t, const BinaryParameters<T>& c) {
-  const Sigmoid<T> s = sigmoid(z);
+  const Sigmoid<T> s = sigmoid<Finite>(z);
   const T moves = c.detach ? T(0) : T(1);
   const bool one_clamped = -s.lose < c.log_eps;
   const T one = one_clamped ? -c.log_eps : s.lose;

@@ -40,50 +40,58 @@ CP_INLINE double exp(double x) { return ::exp(x); }
 CP_INLINE double log(double x) { return ::log(x); }
 
 #if !CP_ON_DEVICE
-// e^r times the power of two that stands in the low bits of `shifted`, for |r| <= ln 2 / 2.
+// e^r times 2^n, where n + 127 stands in the low bits of `shifted`, for |r| <= ln 2 / 2. 0 for n = -127.
 CP_INLINE float exp_of_remainder(float r, float shifted) {
   float p = 0.0013814527774229646f;
   p = p * r + 0.008368744514882565f;
   p = p * r + 0.04166839271783829f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
-  p = p * r * r + r + 1.0f;
-  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23);
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
+}
+
+// e^x for x in [-88, 88.7].
+CP_INLINE float exp_within(float x) {
+  constexpr float round = 12582912.0f + 127.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float shifted = x * 1.44269504088896341f + round;
+  const float n = shifted - round;
+  return exp_of_remainder((x - n * 0.693359375f) + n * 2.12194440e-4f, shifted);
 }
 #endif
 
-// e^x: 2^n times a minimax polynomial (3e-9) on [-ln 2 / 2, ln 2 / 2]. 0 below -87.3, infinity above 88.7.
+// e^x: 2^n times a minimax polynomial (3e-9) on [-ln 2 / 2, ln 2 / 2]. 0 below -87.7, infinity above 88.7.
 CP_INLINE float exp(float x) {
 #if CP_ON_DEVICE
   return ::expf(x);
 #else
-  constexpr float low = -87.3f, high = 88.7f, round = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-  const float c = at_most(high, at_least(low, x));
-  const float shifted = c * 1.44269504088896341f + round;
-  const float n = shifted - round;
-  const float y = exp_of_remainder((c - n * 0.693359375f) + n * 2.12194440e-4f, shifted);
-  return x < low ? 0.0f : (x > high ? infinity<float> : y);
+  constexpr float low = -88.0f, high = 88.7f;
+  const float y = exp_within(at_most(high, at_least(low, x)));
+  return x > high ? infinity<float> : y;
 #endif
 }
 
-CP_INLINE double exp_of_negative(double x) { return ::exp(x); }
+// e^x for x <= 0: without what only large x need. Where all x are `Finite`, of their bits the smaller are of the larger
+// x, and the compiler need not mind NaN.
+template <bool Finite = false>
+CP_INLINE double exp_of_negative(double x) {
+  return ::exp(x);
+}
 
-// e^x for x <= 0: without what only large x need.
+template <bool Finite = false>
 CP_INLINE float exp_of_negative(float x) {
 #if CP_ON_DEVICE
   return ::expf(x);
 #else
-  constexpr float low = -87.3f, round = 12582912.0f;
-  const float c = at_least(low, x);
-  const float shifted = c * 1.44269504088896341f + round;
-  const float n = shifted - round;
-  const float y = exp_of_remainder((c - n * 0.693359375f) + n * 2.12194440e-4f, shifted);
-  return x < low ? 0.0f : y;
+  constexpr float low = -88.0f;
+  if constexpr (!Finite) return exp_within(at_least(low, x));
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x), most = __builtin_bit_cast(uint32_t, low);
+  return exp_within(__builtin_bit_cast(float, bits < most ? bits : most));
 #endif
 }
 
-// log(1 + x) and 1 / (1 + x) for x in [0, 1]. The logarithm is 2 artanh(s) with s = x / (2 + x) in [0, 1/3], a
-// minimax polynomial (5e-9); both quotients share a division, which costs as much as a dozen multiplications.
+// log(1 + x) and 1 / (1 + x) for x in [0, 1]. The logarithm is x times a minimax polynomial (3e-8).
 template <class T>
 struct LogReciprocal {
   T log, reciprocal;
@@ -95,14 +103,39 @@ CP_INLINE LogReciprocal<float> log1p_unit(float x) {
 #if CP_ON_DEVICE
   return {::log1pf(x), 1.0f / (1.0f + x)};
 #else
-  const float a = 1.0f + x, b = 2.0f + x, d = 1.0f / (a * b);
-  const float s = x * (d * a);
-  const float q = s * s;
-  float p = 0.14012126624584198f;
-  p = p * q + 0.13999590277671814f;
-  p = p * q + 0.20010848343372345f;
-  p = p * q + 0.3333320617675781f;
-  return {2 * s + 2 * s * q * p, d * b};
+  float p = 0.005364819f;
+  p = p * x - 0.030065773f;
+  p = p * x + 0.07920451f;
+  p = p * x - 0.137538f;
+  p = p * x + 0.19153655f;
+  p = p * x - 0.24857163f;
+  p = p * x + 0.33321324f;
+  p = p * x - 0.49999648f;
+  p = p * x + 1.0f;
+  return {x * p, 1.0f / (1.0f + x)};
+#endif
+}
+
+// log(x) of a normal, finite x > 0.
+CP_INLINE float log_of_normal(float x) {
+#if CP_ON_DEVICE
+  return ::logf(x);
+#else
+  // 2^n m with m in [sqrt(1/2), sqrt(2)); the logarithm of m is r = m - 1 times a minimax polynomial (3e-8).
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x) - 0x3f3504f3u;
+  const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
+  const float m = __builtin_bit_cast(float, (bits & 0x007fffffu) + 0x3f3504f3u);
+  const float r = m - 1.0f;
+  float p = 0.08734846f;
+  p = p * r - 0.14307527f;
+  p = p * r + 0.14917974f;
+  p = p * r - 0.16570507f;
+  p = p * r + 0.19962072f;
+  p = p * r - 0.25001755f;
+  p = p * r + 0.3333395f;
+  p = p * r - 0.4999999f;
+  p = p * r + 1.0f;
+  return n * 0.693359375f + (p * r - n * 2.12194440e-4f);
 #endif
 }
 
@@ -111,30 +144,15 @@ CP_INLINE float log(float x) {
 #if CP_ON_DEVICE
   return ::logf(x);
 #else
-  // 2^n m with m in [sqrt(1/2), sqrt(2)), and a polynomial in m - 1 (Cephes).
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x) - 0x3f3504f3u;
-  const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
-  const float m = __builtin_bit_cast(float, (bits & 0x007fffffu) + 0x3f3504f3u);
-  const float r = m - 1.0f;
-  const float q = r * r;
-  float p = 7.0376836292e-2f;
-  p = p * r - 1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r - 1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r - 1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r - 2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
-  const float y = n * 0.693359375f + (r + ((p * r * q - n * 2.12194440e-4f) - 0.5f * q));
   const float of_zero = x < 0 ? std::numeric_limits<float>::quiet_NaN() : -infinity<float>;
+  const float y = log_of_normal(x);
   return x < std::numeric_limits<float>::min() ? of_zero : (x < infinity<float> ? y : x);
 #endif
 }
 
-// log(1 - x) for x in [0, 1), given also 1 - x as it came about: in float its logarithm is no worse.
+// log(1 - x) for x in [0, 1), given also 1 - x as it came about, normal: in float its logarithm is no worse.
 CP_INLINE double log_complement(double x, double) { return ::log1p(-x); }
-CP_INLINE float log_complement(float, float complement) { return log(complement); }
+CP_INLINE float log_complement(float, float complement) { return log_of_normal(complement); }
 
 // An exponent >= 0. Whole numbers up to 7 are products of squares, chosen without a branch.
 template <class T>

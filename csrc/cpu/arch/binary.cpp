@@ -48,13 +48,13 @@ T straight(int64_t n, const T* __restrict z, const T* __restrict t, const Binary
            T* __restrict grad, bool& odd) {
   const BinaryParameters<T> c = parameters;
   T total = 0;
-  int flags = 0;
+  Bits<T> flags = 0;
 #pragma omp simd reduction(+ : total) reduction(| : flags)
   for (int64_t i = 0; i < n; ++i) {
     const auto out = math::binary_hard<Kind, P, N, Margin, true>(z[i], t[i], c);
     total += out.value;
     if constexpr (Grad) grad[i] = out.slope * factor;
-    flags |= !((t[i] == 0) | (t[i] == 1)) | !(z[i] - z[i] == 0);
+    flags |= (bits(t[i]) ^ bits(t[i] > 0 ? T(1) : T(0))) | bits(z[i] - z[i]);
   }
   odd = flags != 0;
   return total;

@@ -18,6 +18,13 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+template <class T>
+CP_INLINE Bits<T> bits(T x) {
+  return __builtin_bit_cast(Bits<T>, x);
+}
+
 CP_INLINE float widen(float x) { return x; }
 CP_INLINE double widen(double x) { return x; }
 CP_INLINE float widen(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
