@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class Examples(NamedTuple):
     z: Tensor
     """(V, N, d)"""
     ids: Tensor
-    """(N,) int64"""
+    """(N,) int64, their places among those of all ranks"""
     all_ids: Tensor
     """(M,) int64"""
     usable: Tensor | None
@@ -96,10 +97,18 @@ class Costs(NamedTuple):
 
     def pairs(self, q: Tensor, k: Tensor) -> Tensor:
         """(V, L, N) costs between the views ``q`` (V, N, d) and ``k`` (L, N, d) of the same examples."""
-        products = torch.stack([(view * k).sum(-1) for view in q])
+        products = _among_views(q) if q is k else torch.stack([(view * k).sum(-1) for view in q])
         if self.cosine or self.unit:
             return 1 - products if self.cosine else 2 - 2 * products
         return q.square().sum(-1)[:, None] + k.square().sum(-1) - 2 * products
+
+
+def _among_views(z: Tensor) -> Tensor:
+    """(V, V, N) products of the views ``z`` (V, N, d) of the same examples, of one with itself without gradient."""
+    views, own = z.unbind(), z.detach().square().sum(-1)
+    found = {pair: (views[pair[0]] * views[pair[1]]).sum(-1) for pair in itertools.combinations(range(len(z)), 2)}
+    row = lambda v: [own[v] if u == v else found[min(u, v), max(u, v)] for u in range(len(z))]  # noqa: E731
+    return torch.stack([torch.stack(row(v)) for v in range(len(z))])
 
 
 def conditional_weights(
@@ -142,19 +151,14 @@ def mean_cost_in_tiles(
     """(n,): :func:`weighted_mean` of the costs of ``q`` (n, d) and ``k`` (M, d) over usable keys of other ids.
 
     Args:
+        ids: of the queries and of the keys; where the key of a query's id is found, it stands so far behind the
+            constant ones.
         fixed: the weights of so many first keys carry no gradient; None = none of them does.
-        constant: so many first keys have none themselves.
+        constant: so many first keys have none themselves, and no id.
     """
     q, k, constant_cost, factor = costs.as_products(q, k)
     weights = None if usable is None else torch.where(usable, 0.0, -torch.inf)
-    rules = pair_rules.pairs(
-        q,
-        candidate=pair_rules.NOT_SELF,
-        query_ids=ids[0][:, None].expand(-1, 2),
-        key_ids=ids[1][:, None].expand(-1, 2),
-        log_weight=weights,
-        sharpness=sharpness * factor,
-    )
+    rules = pair_rules.pairs(q, itself=ids[0] + constant, log_weight=weights, sharpness=sharpness * factor)
 
     def plain(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         products = q @ k.T

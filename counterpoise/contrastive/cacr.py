@@ -324,12 +324,14 @@ def _repulsion_in_tiles(q: Tensor, ids: Tensor, z: Tensor, negatives: _Negatives
 
 def _in_batch(x: Examples, s: Settings) -> Tensor:
     """(V, N): each view attracts all others, and the first of a pair repels the second's other examples."""
-    views, keys = range(len(x.z)), of_all_ranks(x.z, sync=s.sync)
+    views, z, keys = range(len(x.z)), x.z.unbind(), of_all_ranks(x.z, sync=s.sync).unbind()
     cost = s.costs.pairs(x.z, x.z)
     attracted = _attraction(cost, meeting(x.z, x.z, True), s)
     against = [[u for u in views if u > v or (s.symmetric and u != v)] for v in views]
     repelled = [
-        _repulsion(x.z[v], x.ids, _Negatives(keys[u], x.all_ids, x.usable), s) for v, u in enumerate(against) if u
+        _repulsion(z[v], x.ids, _Negatives(torch.stack([keys[i] for i in u]), x.all_ids, x.usable), s)
+        for v, u in enumerate(against)
+        if u
     ]
     if s.cost == "rbf":
         return attracted + s.beta * log_batch_mean(torch.cat(repelled, 1), x, sync=s.sync).mean()

@@ -72,7 +72,7 @@ CP_INLINE float exp(float x) {
 #endif
 }
 
-// e^x for x <= 0: without what only large x need. Where all x are `Finite`, of their bits the smaller are of the larger
+// e^x for x <= 0 (but for rounding): without what only large x need. Where all x are `Finite`, of their bits the smaller are of the larger
 // x, and the compiler need not mind NaN.
 template <bool Finite = false>
 CP_INLINE double exp_of_negative(double x) {

@@ -101,7 +101,7 @@ struct RowsInLanes {
     others = {};
     for (int64_t c = 0; c < p.classes; ++c)
       for (int64_t i = 0; i < lanes; ++i) {
-        const T x = math::exp(u[c * lanes + i] - shift[i]);
+        const T x = math::exp_of_negative(u[c * lanes + i] - shift[i]);
         e[c * lanes + i] = x;
         others[i] += x;
       }

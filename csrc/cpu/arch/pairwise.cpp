@@ -99,9 +99,23 @@ void logits(const PairwiseTile& p, int64_t i, const T* s, T* x) {
   if (own >= 0 && own < n) x[own] = -math::infinity<T>;
 }
 
+// `shift` is no less than any x.
 template <class T>
 CP_INLINE void exps(T* x, int64_t n, T shift) {
-  for (int64_t c = 0; c < n; ++c) x[c] = math::exp(x[c] - shift);
+  for (int64_t c = 0; c < n; ++c) x[c] = math::exp_of_negative(x[c] - shift);
+}
+
+// The same, and the sum of x s.
+template <class T>
+CP_INLINE T exps_and_dot(T* __restrict x, int64_t n, T shift, const T* __restrict s) {
+  T dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t c = 0; c < n; ++c) {
+    const T e = math::exp_of_negative(x[c] - shift);
+    x[c] = e;
+    dot += e == 0 ? T(0) : e * s[c];
+  }
+  return dot;
 }
 
 // Products and number of a row's positives by rule, both through a buffer of n.
@@ -136,13 +150,13 @@ void rows_of(const PairwiseTile& p, const PairwiseSums& out, int64_t begin, int6
     top = math::at_least(before, largest(x, n));
     const T shift = top == -math::infinity<T> ? T(0) : top;
     const T faded = before == top ? T(1) : math::exp(before - shift);
-    exps(x, n, shift);
-    total = total * faded + sum(x, n);
-    if (out.dot != nullptr) {
+    if (out.dot == nullptr) {
+      exps(x, n, shift);
+    } else {
       T& dot = static_cast<T*>(out.dot)[row];
-      for (int64_t c = 0; c < n; ++c) y[c] = x[c] == 0 ? T(0) : x[c] * s[c];
-      dot = dot * faded + sum(y, n);
+      dot = dot * faded + exps_and_dot(x, n, shift, s);
     }
+    total = total * faded + sum(x, n);
     if (out.mean_key != nullptr && faded != 1) {
       T* mean = static_cast<T*>(out.mean_key) + row * out.width;
       for (int64_t c = 0; c < out.width; ++c) mean[c] *= faded;
@@ -197,13 +211,16 @@ void both_of(const PairwiseTile& p, const PairwiseSums& out, int64_t begin, int6
 }
 
 template <class T>
-void bent(const PairwiseTile& p, const PairwiseSlopes& d, int64_t row, const T* s, T* x) {
+void bent(const PairwiseTile& p, const PairwiseSlopes& d, int64_t row, T shift, const T* s, T* x) {
   const T slope = static_cast<const T*>(d.slope)[row], bend = static_cast<const T*>(d.bend)[row];
   const T middle = static_cast<const T*>(d.middle)[row];
   const int64_t n = p.columns, straight = d.fixed - p.first_column;
   const int64_t first = straight < 0 ? 0 : (straight < n ? straight : n);
-  for (int64_t c = 0; c < first; ++c) x[c] *= slope;
-  for (int64_t c = first; c < n; ++c) x[c] = x[c] == 0 ? T(0) : x[c] * (slope + bend * (s[c] - middle));
+  for (int64_t c = 0; c < first; ++c) x[c] = math::exp_of_negative(x[c] - shift) * slope;
+  for (int64_t c = first; c < n; ++c) {
+    const T e = math::exp_of_negative(x[c] - shift);
+    x[c] = e == 0 ? T(0) : e * (slope + bend * (s[c] - middle));
+  }
 }
 
 template <class T>
@@ -212,20 +229,20 @@ void shares(const PairwiseTile& p, const PairwiseSlopes& d, int64_t row, const T
   const T own = slope[row];
   const int64_t n = p.columns;
   if (!d.mirrored) {
-    exps(x, n, log_sum[row]);
-    if (d.bend != nullptr) return bent(p, d, row, s, x);
-    for (int64_t c = 0; c < n; ++c) x[c] *= own;
+    const T shift = log_sum[row];
+    if (d.bend != nullptr) return bent(p, d, row, shift, s, x);
+    for (int64_t c = 0; c < n; ++c) x[c] = math::exp_of_negative(x[c] - shift) * own;
     return;
   }
   const T* others = slope + p.first_column;
   if (d.bounded) {
     const T shift = log_sum[0];
-    for (int64_t c = 0; c < n; ++c) x[c] = math::exp(x[c] - shift) * (own + others[c]);
+    for (int64_t c = 0; c < n; ++c) x[c] = math::exp_of_negative(x[c] - shift) * (own + others[c]);
     return;
   }
   const T *sums = log_sum + p.first_column, sum_of_row = log_sum[row];
   for (int64_t c = 0; c < n; ++c)
-    x[c] = math::exp(x[c] - sum_of_row) * own + math::exp(x[c] - sums[c]) * others[c];
+    x[c] = math::exp_of_negative(x[c] - sum_of_row) * own + math::exp_of_negative(x[c] - sums[c]) * others[c];
 }
 
 template <class T>

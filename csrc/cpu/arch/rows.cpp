@@ -148,7 +148,7 @@ void add_labels(const Rows<T>& r, int64_t from, int64_t n, T top, const Chunk<T>
 
 template <class T>
 void exponentials(const T* __restrict u, int64_t n, T top, T* __restrict e) {
-  for (int64_t i = 0; i < n; ++i) e[i] = math::exp(u[i] - top);
+  for (int64_t i = 0; i < n; ++i) e[i] = math::exp_of_negative(u[i] - top);
 }
 
 // Raises the top of what has been added up so far.

@@ -71,7 +71,7 @@ struct SoftRows {
     for (int64_t i = n; i < padded(n); ++i) k.t[i] = 0;
     if (target_scale != 0) {
       target_logits(row, from, n, k);
-      for (int64_t i = 0; i < n; ++i) k.t[i] = math::exp(k.t[i] - k.of_target.top) * k.of_target.factor;
+      for (int64_t i = 0; i < n; ++i) k.t[i] = math::exp_of_negative(k.t[i] - k.of_target.top) * k.of_target.factor;
       return false;
     }
     return with_float_type(p.target_type, [&](auto* s) {
@@ -121,7 +121,7 @@ template <class T>
 void exponentials(const T* __restrict u, int64_t n, T top, T* __restrict below, T* __restrict e) {
   for (int64_t i = 0; i < n; ++i) {
     below[i] = u[i] - top;
-    e[i] = math::exp(below[i]);
+    e[i] = math::exp_of_negative(below[i]);
   }
 }
 
