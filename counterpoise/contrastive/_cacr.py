@@ -147,6 +147,7 @@ def mean_cost_in_tiles(
     *,
     fixed: int | None,
     constant: int,
+    even: bool,
 ) -> Tensor:
     """(n,): :func:`weighted_mean` of the costs of ``q`` (n, d) and ``k`` (M, d) over usable keys of other ids.
 
@@ -155,6 +156,7 @@ def mean_cost_in_tiles(
             constant ones.
         fixed: the weights of so many first keys carry no gradient; None = none of them does.
         constant: so many first keys have none themselves, and no id.
+        even: all queries are likely to weigh the same.
     """
     q, k, constant_cost, factor = costs.as_products(q, k)
     weights = None if usable is None else torch.where(usable, 0.0, -torch.inf)
@@ -166,7 +168,7 @@ def mean_cost_in_tiles(
         of_weights = torch.cat([products[:, :straight].detach(), products[:, straight:]], 1)
         return (weighted_mean(products, of_weights, sharpness * factor, others(*ids, usable)),)
 
-    mean, log_sum = pairwise.softmax_mean(q, k, rules, plain, fixed=fixed, constant=constant)
+    mean, log_sum = pairwise.softmax_mean(q, k, rules, plain, fixed=fixed, constant=constant, even=even)
     return torch.where(log_sum == -torch.inf, 0, constant_cost + factor * mean)
 
 
@@ -232,6 +234,8 @@ class Settings(NamedTuple):
     gradient: str
     unit: bool
     sync: bool
+    even: bool
+    """all anchors are likely to weigh the same"""
 
     @property
     def costs(self) -> Costs:
@@ -255,6 +259,7 @@ def settings(
     normalize: bool,
     reduction: str,
     sync: bool,
+    weighted: bool = False,
 ) -> Settings:
     """The options; raises for values out of range and for what a mode does not have."""
     check_choice("mode", mode, NEEDS)
@@ -293,4 +298,5 @@ def settings(
         gradient,
         normalize,
         sync and world_size() > 1,
+        not weighted and mode != "cross_view" and reduction != "none",
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit
 
 from counterpoise._core import at_least_float32, check_embeddings
+from counterpoise.contrastive._unit import unit
 
 
 def student_and_teacher(z: Tensor, other: Tensor | None, *, every: str = "query") -> tuple[Tensor, Tensor, bool]:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit
 
 from counterpoise._core import at_least_float32, check_embeddings, check_per_row
+from counterpoise.contrastive._unit import unit
 from counterpoise.distributed import gather_rows, rank, rows_per_rank
 
 

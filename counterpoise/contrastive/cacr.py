@@ -143,6 +143,7 @@ def cacr_loss(
         normalize=normalize,
         reduction=reduction,
         sync=sync,
+        weighted=weight is not None or mask is not None,
     )
     x, keys, same_views = _examples(z, other, bank, weight, mask, s)
     with without_autocast(x.z):
@@ -318,7 +319,15 @@ def _repulsion_in_tiles(q: Tensor, ids: Tensor, z: Tensor, negatives: _Negatives
         return log_sum_in_tiles(s.costs, q, z, -s.t_minus, negatives.usable) / s.t_minus
     fixed = {"none": None, "intra_batch": negatives.fixed, "full": 0}[s.gradient]
     return -mean_cost_in_tiles(
-        s.costs, q, z, -s.t_minus, (ids, negatives.ids), negatives.usable, fixed=fixed, constant=negatives.fixed
+        s.costs,
+        q,
+        z,
+        -s.t_minus,
+        (ids, negatives.ids),
+        negatives.usable,
+        fixed=fixed,
+        constant=negatives.fixed,
+        even=s.even,
     )
 
 

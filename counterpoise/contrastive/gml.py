@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
-from torch.nn.functional import normalize as unit
 
 from counterpoise._core import (
     Loss,
@@ -45,6 +44,7 @@ from counterpoise._core import (
     without_autocast,
     world_size,
 )
+from counterpoise.contrastive._unit import unit
 from counterpoise.contrastive._views import all_ranks, as_rows
 from counterpoise.losses import adjusted_cross_entropy
 from counterpoise.memory import ClassCounts, ClassStatistics

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from torch.nn.functional import normalize as unit
 
 from counterpoise._core import (
     Loss,
@@ -41,6 +40,7 @@ from counterpoise._core import (
     without_autocast,
     world_size,
 )
+from counterpoise.contrastive._unit import unit
 from counterpoise.contrastive._views import list_views
 from counterpoise.memory import MemoryBank
 from counterpoise.ot.assignment import balanced_assignment

@@ -7,6 +7,7 @@ backward pass makes the tiles again. Three forms spare products:
 - Queries that are the keys: a tile serves both directions, so half of them suffice (on the CPU in the forward pass
   too, where no logit can be so large that one shift for all rows would underflow).
 - Keys without gradient: the mean key under the softmax, which is the gradient of a query, is summed on the way.
+- Rows that will all weigh the same: while the products of a strip of rows are there, the gradient is made of them.
 - Rules of what is positive or a candidate are evaluated from ids inside the tile.
 
 Results do not depend on the number of threads.
@@ -29,6 +30,8 @@ from counterpoise.kernels.pair_rules import NONE, Pairs
 TILES = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows, columns: on the CPU of a size that the second cache holds
 SMALL = 2**17  # pairs whose matrix is as good as a tile
 DEARER = 2**5  # times as many where tiles cost a product more than the matrix: 16 MiB of float32
+STRIP = (128, 4096)  # rows and columns of tiles that are kept until the sums of their rows are known
+WIDEST_STRIP = 2  # tiles
 _FEW = 4  # positives a row by index whose keys are read one by one
 
 _TILE = (
@@ -93,7 +96,14 @@ def masked_sums(q: Tensor, k: Tensor, rules: Pairs, plain: Plain, *, mirrored: b
 
 
 def softmax_mean(
-    q: Tensor, k: Tensor, rules: Pairs, plain: Plain, *, fixed: int | None = None, constant: int = 0
+    q: Tensor,
+    k: Tensor,
+    rules: Pairs,
+    plain: Plain,
+    *,
+    fixed: int | None = None,
+    constant: int = 0,
+    even: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean product of a row's candidates under the softmax of their logits, and log-sum-exp, each (N,).
 
@@ -105,8 +115,10 @@ def softmax_mean(
         plain: gives the mean alone, as a tuple.
         fixed: the weights of so many first keys carry no gradient; None = none of them does.
         constant: so many first keys have no gradient.
+        even: all rows are likely to weigh the same. Their gradient then comes with the mean, on the CPU where a strip
+            of products fits, and costs no products of its own; weights that do differ make the keys' part anew.
     """
-    mean, log_sum = _Mean.apply(*_as_asked(q, k), rules, fixed, constant, plain)
+    mean, log_sum = _Mean.apply(*_as_asked(q, k), rules, fixed, constant, even, plain)
     return mean, log_sum
 
 
@@ -126,7 +138,7 @@ def clamped_sums(q: Tensor, k: Tensor, rules: Pairs, log_sum: Tensor, height: Te
         height: (N,).
     """
     queries, keys = q.detach().contiguous(), k.detach().contiguous()
-    safe = torch.where(log_sum == -math.inf, 0, log_sum)
+    safe = _finite(log_sum)
     keys_sum, mass = torch.zeros_like(queries), torch.zeros_like(safe)
     with torch.no_grad(), without_autocast(q):
         for tile, down, across in _tiles(queries, keys):
@@ -192,6 +204,20 @@ def _tiles(q: Tensor, k: Tensor, *, half: bool = False) -> Iterator[tuple[Tensor
             yield tile, down, slice(left, right)
 
 
+def _strips(q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tuple[Tensor, slice]]]]:
+    """Rows, and all tiles of products in them, side by side in one buffer that is reused."""
+    rows, columns = STRIP
+    spans = [slice(left, min(left + columns, len(k))) for left in range(0, len(k), columns)]
+    buffer = q.new_empty(min(rows, len(q)) * len(k))
+    for i in range(0, len(q), rows):
+        down = slice(i, min(i + rows, len(q)))
+        n = down.stop - i
+        tiles = [buffer[n * span.start : n * span.stop].view(n, -1) for span in spans]
+        for tile, span in zip(tiles, spans, strict=True):
+            torch.mm(q[down], k[span].T, out=tile)
+        yield down, list(zip(tiles, spans, strict=True))
+
+
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -202,17 +228,8 @@ def _forward(
     mean_key: bool = False,
     mirrored: bool = False,
 ) -> _State:
-    n = len(q)
     shift = _bound(q, rules) if mirrored else None
-    state = _State(
-        q.new_full((n,), -math.inf) if shift is None else shift.expand(n).contiguous(),
-        q.new_zeros(n),
-        q.new_zeros(n) if dot else None,
-        q.new_zeros(n) if similarity else None,
-        q.new_zeros(n),
-        torch.zeros_like(q) if mean_key else None,
-        shift,
-    )
+    state = _new_state(q, dot, similarity, mean_key, shift)
     by_rule = state.mass if rules.positive != NONE else None
     sums = state.top, state.total, state.dot, state.similarity, by_rule, state.mean_key
     with without_autocast(q):
@@ -225,6 +242,19 @@ def _forward(
             if state.mean_key is not None:
                 state.mean_key[down].addmm_(tile, k[across])
     return state
+
+
+def _new_state(q: Tensor, dot: bool, similarity: bool, mean_key: bool, shift: Tensor | None = None) -> _State:
+    n = len(q)
+    return _State(
+        q.new_full((n,), -math.inf) if shift is None else shift.expand(n).contiguous(),
+        q.new_zeros(n),
+        q.new_zeros(n) if dot else None,
+        q.new_zeros(n) if similarity else None,
+        q.new_zeros(n),
+        torch.zeros_like(q) if mean_key else None,
+        shift,
+    )
 
 
 def _bound(q: Tensor, rules: Pairs) -> Tensor | None:
@@ -316,7 +346,7 @@ class _Masked(torch.autograd.Function):
         if ctx.direct:
             grad = mean_key * (of_sum / torch.where(total == 0, 1, total))[:, None]
             return _pulled(grad, k, ctx.rules, pull), *[None] * 4
-        log_sum = torch.where(log_sum == -math.inf, 0, log_sum)
+        log_sum = _finite(log_sum)
         if ctx.bounded:
             of_sum, log_sum = of_sum * (top - log_sum).exp(), top
         slopes = log_sum, of_sum.contiguous(), None, None, 0, pull, ctx.mirrored, ctx.bounded
@@ -334,36 +364,79 @@ def _pulled(grad: Tensor, k: Tensor, rules: Pairs, pull: Tensor) -> Tensor:
     return grad
 
 
+def _finite(log_sum: Tensor) -> Tensor:
+    """With 0 for rows without a candidate."""
+    return torch.where(log_sum == -math.inf, 0, log_sum)
+
+
+def _mean_of(state: _State) -> Tensor:
+    return cast(Tensor, state.dot) / torch.where(state.total == 0, 1, state.total)
+
+
+def _mean_slopes(log_sum: Tensor, slope: Tensor, mean: Tensor, fixed: int | None, sharpness: float) -> tuple[Any, ...]:
+    """What ``pairwise_slopes`` asks for, of rows that weigh ``slope``."""
+    bends = (None, None) if fixed is None else (slope * sharpness, mean)
+    return log_sum, slope, *bends, fixed or 0, None, False, False
+
+
 class _Mean(torch.autograd.Function):
     """:func:`softmax_mean`."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, rules: Pairs, fixed: int | None, constant: int, plain: Plain
+        ctx: Any, q: Tensor, k: Tensor, rules: Pairs, fixed: int | None, constant: int, even: bool, plain: Plain
     ) -> tuple[Tensor, Tensor]:
         ctx.direct = fixed is None and not ctx.needs_input_grad[1]
-        state = _forward(q.contiguous(), k.contiguous(), rules, dot=True, mean_key=ctx.direct)
-        mean = cast(Tensor, state.dot) / torch.where(state.total == 0, 1, state.total)
-        log_sum = _log_sum(state)
         ctx.rules, ctx.fixed, ctx.constant, ctx.plain = rules, fixed, constant, plain
+        queries, keys = q.contiguous(), k.contiguous()
+        emits = even and q.is_cpu and all(ctx.needs_input_grad[:2]) and len(k) <= WIDEST_STRIP * STRIP[1]
+        if emits:
+            state, ctx.grads = _Mean.with_gradient(queries, keys, rules, fixed, constant)
+        else:
+            state, ctx.grads = _forward(queries, keys, rules, dot=True, mean_key=ctx.direct), None
+        mean, log_sum = _mean_of(state), _log_sum(state)
         ctx.save_for_backward(q, k, log_sum, mean, state.total, state.mean_key)
         ctx.mark_non_differentiable(log_sum)
         return mean, log_sum
+
+    @staticmethod
+    def with_gradient(
+        q: Tensor, k: Tensor, rules: Pairs, fixed: int | None, constant: int
+    ) -> tuple[_State, tuple[Tensor, Tensor]]:
+        """The sums, and the gradients of queries and keys where every row weighs 1."""
+        state, of_q, of_k = _new_state(q, True, False, False), torch.zeros_like(q), torch.zeros_like(k)
+        sums = state.top, state.total, state.dot, None, None, None, False
+        mean, log_sum = q.new_zeros(2, len(q))
+        slopes = _mean_slopes(log_sum, torch.ones_like(mean), mean, fixed, rules.sharpness)
+        with without_autocast(q):
+            for down, tiles in _strips(q, k):
+                for tile, across in tiles:
+                    _ops.pairwise_rows(tile, down.start, across.start, *rules.arguments(), *sums)
+                strip = state._replace(top=state.top[down], total=state.total[down], dot=cast(Tensor, state.dot)[down])
+                mean[down], log_sum[down] = _mean_of(strip), _finite(_log_sum(strip))
+                for tile, across in tiles:
+                    _ops.pairwise_slopes(tile, down.start, across.start, *rules.arguments(), *slopes)
+                    _spread(tile, q, k, down, across, of_q, of_k, constant)
+        return state, (of_q, of_k)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, log_sum, mean, total, mean_key = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or transformed(*upstream):
-            return *_differentiable(ctx.plain, (q, k), needed, upstream[:1]), *[None] * 4
+            return *_differentiable(ctx.plain, (q, k), needed, upstream[:1]), *[None] * 5
         slope = torch.where(total == 0, 0, upstream[0])
         if ctx.direct:
-            return mean_key * (slope / torch.where(total == 0, 1, total))[:, None], *[None] * 5
-        safe = torch.where(log_sum == -math.inf, 0, log_sum)
-        bends = (None, None) if ctx.fixed is None else (slope * ctx.rules.sharpness, mean)
-        slopes = safe, slope.contiguous(), *bends, ctx.fixed or 0, None, False, False
+            return mean_key * (slope / torch.where(total == 0, 1, total))[:, None], *[None] * 6
+        of_q = None
+        if ctx.grads is not None:
+            of_q = ctx.grads[0] * slope[:, None]
+            if bool((upstream[0] == upstream[0][0]).all()):
+                return of_q, ctx.grads[1] * upstream[0][0], *[None] * 5
+            needed = False, True
+        slopes = _mean_slopes(_finite(log_sum), slope.contiguous(), mean, ctx.fixed, ctx.rules.sharpness)
         grads = _backward(q.contiguous(), k.contiguous(), ctx.rules, needed, slopes, constant=ctx.constant)
-        return *grads, *[None] * 4
+        return grads[0] if of_q is None else of_q, grads[1], *[None] * 5
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -43,6 +43,8 @@ ROWS, KEYS, WIDTH = 41, 67, 9
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairwise, "SMALL", 0)
     monkeypatch.setitem(pairwise.TILES, "cpu", (16, 24))
+    monkeypatch.setattr(pairwise, "STRIP", (15, 32))
+    monkeypatch.setattr(pairwise, "WIDEST_STRIP", 3)
 
 
 @pytest.fixture
@@ -394,6 +396,38 @@ class _Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("fixed", [None, 0, 20])
+def test_gradients_that_come_with_the_mean_serve_every_upstream(fixed: int | None) -> None:
+    q, k = (rows(n, seed=seed).requires_grad_() for n, seed in ((ROWS, 0), (KEYS, 1)))
+    usable = torch.zeros(KEYS, dtype=torch.float64)
+    usable[::3] = -torch.inf
+    rules = pair_rules.pairs(q, itself=torch.arange(ROWS), log_weight=usable, sharpness=0.7)
+    upstreams = torch.full((ROWS,), -1.5, dtype=q.dtype), rows(ROWS, seed=2)[:, 0], torch.zeros(ROWS, dtype=q.dtype)
+
+    def mean(even: bool) -> Tensor:
+        return pairwise.softmax_mean(q, k, rules, lambda *_: (), fixed=fixed, constant=fixed or 0, even=even)[0]
+
+    ours, plain = mean(True), mean(False)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for upstream in upstreams:  # the graph is retained
+        found, expected = (torch.autograd.grad(x, (q, k), upstream, retain_graph=True) for x in (ours, plain))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_without_a_candidate_have_no_mean_to_follow() -> None:
+    q, k = rows(ROWS).requires_grad_(), rows(1, seed=1).requires_grad_()
+    rules = pair_rules.pairs(q, itself=torch.arange(ROWS))
+    value, log_sum = pairwise.softmax_mean(q, k, rules, lambda *_: (), fixed=0, even=True)
+    value.sum().backward()
+    assert value[0] == 0
+    assert log_sum[0] == -torch.inf
+    assert q.grad is not None
+    assert not q.grad[0].any()
+    torch.testing.assert_close(q.grad[1:], k.detach().expand(ROWS - 1, -1))
+    torch.testing.assert_close(k.grad, q.detach()[1:].sum(0, keepdim=True))
+
+
 def test_nothing_of_the_size_of_all_pairs_is_made() -> None:
     a, b = (torch.randn(300, WIDTH, requires_grad=True) for _ in range(2))
     bank = full_bank(torch.float32, 512)
@@ -467,9 +501,10 @@ def test_ascl(filled: int, neighbors: int, dtype: torch.dtype, taken: list[str])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("gradient", [None, "full", "none", "intra_batch"])
 @pytest.mark.parametrize("mode", ["in_batch", "queue", "cross_view"])
-def test_cacr(mode: str, gradient: str | None, dtype: torch.dtype, taken: list[str]) -> None:
+def test_cacr(mode: str, gradient: str | None, reduction: str, dtype: torch.dtype, taken: list[str]) -> None:
     if gradient == "intra_batch" and mode != "queue":
         pytest.skip("the queue's alone")
     banks = {x: full_bank(x) for x in (torch.float32, torch.float64)}
@@ -477,7 +512,7 @@ def test_cacr(mode: str, gradient: str | None, dtype: torch.dtype, taken: list[s
 
     def loss(a: Tensor, b: Tensor, **options: Any) -> Tensor:
         bank = banks[a.dtype] if mode == "queue" else None
-        return cacr_loss(a, b, bank=bank, mode=mode, weight_gradient=gradient, reduction="none", **options)
+        return cacr_loss(a, b, bank=bank, mode=mode, weight_gradient=gradient, reduction=reduction, **options)
 
     for cost in ("euclidean", "cosine") if mode == "queue" else ("euclidean", "cosine", "rbf"):
         if (mode, cost) == ("in_batch", "rbf"):

@@ -44,7 +44,7 @@ import time:        40 |         40 | counterpoise.samplers
 
 
 def test_losses_add_little_to_torch(tmp_path: Path) -> None:
-    """What an installed package costs: its bytecode is compiled once, in the first run, whatever this shell's settings."""
+    """What an installed package costs: its bytecode is compiled once, here in the first run."""
     kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     command = ("-X", "importtime", "-c", "import torch; import counterpoise.losses")
     python(*command, **kept)
