@@ -77,8 +77,8 @@ def focal_star(alpha: float | None, gamma: float, beta: float) -> Binary:
 
 def asymmetric(gamma_neg: float, gamma_pos: float, margin: float, eps: float | None, detach_weight: bool) -> Binary:
     """Asymmetric loss."""
-    log_eps = -float("inf") if eps is None else math.log(eps)
-    return Binary(ASYMMETRIC, gamma_pos, gamma_neg, margin=margin, log_eps=log_eps, detach=detach_weight)
+    log_eps = -math.inf if eps is None else math.log(eps)
+    return Binary(ASYMMETRIC, gamma_pos, gamma_neg, 1.0, 1.0, margin, log_eps, 0.0, detach_weight)
 
 
 def _alphas(alpha: float | None) -> tuple[float, float]:
@@ -116,7 +116,7 @@ def binary_loss(
     by_entry = logits.ndim == 1 or inner == "none"
     if _only_plain(target, class_weight, pos_weight, weight) or (by_entry and pos_weight is not None):
         return plain(logits, weight=weight, inner=inner, reduction=reduction, normalizer=normalizer, sync=sync)
-    row = 1 if by_entry else math.prod(logits.shape[1:])
+    row = 1 if by_entry else logits.shape[1] if logits.ndim == 2 else math.prod(logits.shape[1:])
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     classes, positives = (None if x is None else x.to(logits.device, computed) for x in (class_weight, pos_weight))
     inputs = (
@@ -157,7 +157,8 @@ def _only_plain(target: Tensor, *others: Tensor | None) -> bool:
     """Whether something besides the logits has a slope, or a transform is at work."""
     if target.requires_grad or (not torch.compiler.is_compiling() and in_transform()):
         return True
-    return any(x is not None and x.requires_grad for x in others)
+    given = [x for x in others if x is not None]  # nearly always none
+    return bool(given) and any(x.requires_grad for x in given)
 
 
 def _fitted(mask: Tensor, logits: Tensor, by_entry: bool) -> Tensor:

@@ -74,8 +74,15 @@ def row_loss(
     computed = torch.float64 if logits.dtype == torch.float64 else torch.float32
     y = target if target.dtype == torch.int64 else target.long()
     flat_mask = None if mask is None else by_entry(mask, y)
-    dense = [x if x is None else as_computed(x, logits, computed) for x in vectors]
-    inputs = (y.contiguous() if y.ndim == 1 else y.reshape(-1), flat_mask, *dense)
+    multiplicative, additive, margin, class_weight = vectors
+    inputs = (
+        y.contiguous() if y.ndim == 1 else y.reshape(-1),
+        flat_mask,
+        None if multiplicative is None else as_computed(multiplicative, logits, computed),
+        None if additive is None else as_computed(additive, logits, computed),
+        None if margin is None else as_computed(margin, logits, computed),
+        None if class_weight is None else as_computed(class_weight, logits, computed),
+    )
     try:
         if not (sync or reduction == "none" or logits.ndim > 2):
             w = None if weight is None else weight.to(computed).contiguous()
@@ -94,7 +101,7 @@ def row_loss(
     carried = None
     if normalizer == "weight":
         ones = torch.ones_like(losses, requires_grad=False)
-        carried = combine_inner(ones if dense[3] is None else dense[3][y.where(counted, 0)], counted, inner)[0]
+        carried = combine_inner(ones if inputs[5] is None else inputs[5][y.where(counted, 0)], counted, inner)[0]
     return reduce_losses(
         rows,
         counted=counted_rows,

@@ -56,14 +56,14 @@ def check_multiclass(logits: Tensor, target: Tensor, mask: Tensor | None, weight
     """Raises unless shapes and types of a multi-class loss's inputs fit together."""
     if not logits.is_floating_point():
         raise TypeError(f"logits has dtype {logits.dtype}, expected a floating type")
-    if logits.ndim < 2:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C) or (N, C, d1, ...)")
+    shape = logits.shape
+    if len(shape) < 2:
+        raise ValueError(f"logits has shape {tuple(shape)}, expected (N, C) or (N, C, d1, ...)")
     if not (logits.is_cpu and target.is_cpu):
         check_device("target", target, logits)
-    plain = mask is None and weight is None and logits.ndim == 2 and target.ndim == 1
-    if plain and target.numel() == logits.size(0) and not target.is_floating_point():  # what comes nearly always
-        return
-    indices_shape = logits.shape[:1] + logits.shape[2:]
+    indices_shape = shape[:1] + shape[2:]
+    if mask is None and weight is None and target.shape == indices_shape and not target.is_floating_point():
+        return  # what comes nearly always
     if target.is_floating_point():
         if target.shape != logits.shape:
             raise ValueError(

@@ -130,14 +130,16 @@ class LDAMLoss(Loss):
         """Cosines (N, C, ...) and their targets to the reduced loss."""
         if not self._looked and not torch.compiler.is_compiling() and logits.is_floating_point():
             self._look(logits.detach())
-        return ldam_loss(
+        # What ldam_loss does, a call less: that is a twentieth of a small step.
+        options = self.options
+        return adjusted_cross_entropy(
             logits,
             target,
-            class_counts=self.statistics,
+            margin=self.statistics.derived(ldam_margins, logits, options.pop("max_margin")),
             class_weight=self.class_weight,
             weight=weight,
             mask=mask,
-            **self.options,
+            **options,
         )
 
     def _look(self, logits: Tensor) -> None:

@@ -132,12 +132,14 @@ class LogitAdjustedLoss(Loss):
         self, logits: Tensor, target: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Raw logits (N, C, ...) and their targets to the reduced loss; predict with the raw logits."""
-        return logit_adjusted_loss(
+        # What logit_adjusted_loss does, a call less: that is a twentieth of a small step.
+        options = self.options
+        return adjusted_cross_entropy(
             logits,
             target,
-            class_counts=self.statistics,
+            additive=self.statistics.derived(prior_adjustment, logits, options.pop("tau"), options.pop("epsilon")),
             class_weight=self.class_weight,
             weight=weight,
             mask=mask,
-            **self.options,
+            **options,
         )
