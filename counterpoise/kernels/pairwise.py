@@ -2,7 +2,7 @@
 
 ``torch.mm`` makes the products of a tile in a buffer that one call reuses; an operator of ours then turns them into
 sums by row, or in place into what the products' gradient is. Nothing of the size of queries times keys is kept: the
-backward pass makes the tiles again. Three forms spare products:
+backward pass makes the tiles again. Four forms spare products:
 
 - Queries that are the keys: a tile serves both directions, so half of them suffice (on the CPU in the forward pass
   too, where no logit can be so large that one shift for all rows would underflow).

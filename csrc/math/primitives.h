@@ -72,8 +72,8 @@ CP_INLINE float exp(float x) {
 #endif
 }
 
-// e^x for x <= 0 (but for rounding): without what only large x need. Where all x are `Finite`, of their bits the smaller are of the larger
-// x, and the compiler need not mind NaN.
+// e^x for x <= 0, but for rounding: without what only large x need. Where no x is NaN (`Finite`) the bits, of which the
+// larger are those of the smaller x, are compared instead: one instruction less.
 template <bool Finite = false>
 CP_INLINE double exp_of_negative(double x) {
   return ::exp(x);
