@@ -7,6 +7,7 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize as unit
 
 from counterpoise._core import (
     at_least_float32,
@@ -17,7 +18,6 @@ from counterpoise._core import (
     without_autocast,
     world_size,
 )
-from counterpoise.contrastive._unit import unit
 from counterpoise.distributed import gather_rows
 
 
