@@ -15,7 +15,6 @@ Results do not depend on the number of threads.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
@@ -24,36 +23,15 @@ import torch
 from torch import Tensor
 
 from counterpoise._core import without_autocast
-from counterpoise.kernels._library import LIBRARY, define, runs_on, transformed
+from counterpoise.kernels import pair_tiles
+from counterpoise.kernels._library import runs_on, transformed
 from counterpoise.kernels.pair_rules import NONE, Pairs
 
-TILES = {"cpu": (512, 1024), "cuda": (4096, 4096)}  # rows, columns: on the CPU of a size that the second cache holds
 SMALL = 2**17  # pairs whose matrix is as good as a tile
 DEARER = 2**5  # times as many where tiles cost a product more than the matrix: 16 MiB of float32
 STRIP = (128, 4096)  # rows and columns of tiles that are kept until the sums of their rows are known
 WIDEST_STRIP = 2  # tiles
 _FEW = 4  # positives a row by index whose keys are read one by one
-
-_TILE = (
-    "Tensor{alias} products, int row, int column, int positive, int candidate, Tensor? query_ids, Tensor? key_ids, "
-    "Tensor? index, Tensor? probability, Tensor? itself, Tensor? log_weight, float sharpness"
-)
-_READ, _WRITTEN = _TILE.format(alias=""), _TILE.format(alias="(a!)")
-define(
-    f"pairwise_rows({_WRITTEN}, Tensor(b!) top, Tensor(c!) total, Tensor(d!)? dot, Tensor(e!)? similarity, "
-    "Tensor(f!)? mass, Tensor(g!)? mean_key, bool keep) -> ()"
-)
-define(f"pairwise_both({_READ}, Tensor top, Tensor(b!) total, Tensor(c!) similarity, Tensor(d!)? mass) -> ()")
-define(
-    f"pairwise_slopes({_WRITTEN}, Tensor log_sum, Tensor slope, Tensor? bend, Tensor? middle, int fixed, "
-    "Tensor? pull, bool mirrored, bool bounded) -> ()"
-)
-define(f"pairwise_sigmoid({_READ}, Tensor bias, Tensor(a!) sums) -> ()")
-define(f"pairwise_sigmoid_slopes({_WRITTEN}, Tensor bias, Tensor upstream, Tensor(b!) sums) -> ()")
-
-_ops = torch.ops.counterpoise
-for _name in ("rows", "both", "slopes", "sigmoid", "sigmoid_slopes"):
-    LIBRARY.impl(f"pairwise_{_name}", lambda *_: None, "Meta")
 
 Plain = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """The same sums from queries and keys as they are written in PyTorch, for second derivatives."""
@@ -92,7 +70,7 @@ def masked_sums(q: Tensor, k: Tensor, rules: Pairs, plain: Plain, *, mirrored: b
         mirrored: q is k, and rules are the same in both directions: no log weight, no candidate by POSITIVE_OR_BANK,
             on the CPU ``itself`` None or the rows' own numbers.
     """
-    return Sums(*_Masked.apply(*_as_asked(q, k), rules, mirrored, plain))
+    return Sums(*_Masked.apply(*pair_tiles.as_asked(q, k), rules, mirrored, plain))
 
 
 def softmax_mean(
@@ -118,16 +96,17 @@ def softmax_mean(
         even: all rows are likely to weigh the same. Their gradient then comes with the mean, on the CPU where a strip
             of products fits, and costs no products of its own; weights that do differ make the keys' part anew.
     """
-    mean, log_sum = _Mean.apply(*_as_asked(q, k), rules, fixed, constant, even, plain)
+    mean, log_sum = _Mean.apply(*pair_tiles.as_asked(q, k), rules, fixed, constant, even, plain)
     return mean, log_sum
 
 
 def softmax_sums(q: Tensor, k: Tensor, rules: Pairs, *, mean_key: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean product under the softmax (N,), log-sum-exp (N,) and, if asked, mean key (N, d); without gradient."""
-    state = _forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=mean_key)
-    total = torch.where(state.total == 0, 1, state.total)
-    dot = cast(Tensor, state.dot)  # asked for above
-    return dot / total, _log_sum(state), None if state.mean_key is None else state.mean_key / total[:, None]
+    state = pair_tiles.forward(q.detach().contiguous(), k.detach().contiguous(), rules, dot=True, mean_key=mean_key)
+    mean_of_keys = None
+    if state.mean_key is not None:
+        mean_of_keys = state.mean_key / torch.where(state.total == 0, 1, state.total)[:, None]
+    return _mean_of(state), pair_tiles.log_sum_of(state), mean_of_keys
 
 
 def clamped_sums(q: Tensor, k: Tensor, rules: Pairs, log_sum: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,12 +117,12 @@ def clamped_sums(q: Tensor, k: Tensor, rules: Pairs, log_sum: Tensor, height: Te
         height: (N,).
     """
     queries, keys = q.detach().contiguous(), k.detach().contiguous()
-    safe = _finite(log_sum)
+    safe = pair_tiles.finite(log_sum)
     keys_sum, mass = torch.zeros_like(queries), torch.zeros_like(safe)
     with torch.no_grad(), without_autocast(q):
-        for tile, down, across in _tiles(queries, keys):
+        for tile, down, across in pair_tiles.tiles(queries, keys):
             place = tile, down.start, across.start, *rules.arguments()
-            _ops.pairwise_slopes(*place, safe, height.contiguous(), None, None, 0, None, False, False)
+            pair_tiles.ops.pairwise_slopes(*place, safe, height.contiguous(), None, None, 0, None, False, False)
             tile.clamp_max_(1)
             keys_sum[down].addmm_(tile, keys[across])
             mass[down] += tile.sum(1)
@@ -163,47 +142,6 @@ def sigmoid_sums(q: Tensor, k: Tensor, bias: Tensor, rules: Pairs, plain: Callab
     return _Sigmoid.apply(q, k, bias, rules, plain)
 
 
-def _as_asked(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Without gradient where none is recorded: functions cannot see that from within."""
-    return tensors if torch.is_grad_enabled() else tuple(x.detach() for x in tensors)
-
-
-class _State(NamedTuple):
-    top: Tensor
-    total: Tensor
-    dot: Tensor | None
-    similarity: Tensor | None
-    mass: Tensor
-    mean_key: Tensor | None
-    shift: Tensor | None = None
-    """() what all logits stay below, where one shift serves all rows"""
-
-
-def _shape(q: Tensor) -> tuple[int, int]:
-    return TILES["cpu" if q.is_cpu else "cuda"]
-
-
-def _tiles(q: Tensor, k: Tensor, *, half: bool = False) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Products (rows, columns) of a tile, in a buffer that is reused, and where it lies.
-
-    ``half``: square tiles on the diagonal and those to their right.
-    """
-    rows, columns = _shape(q)
-    rows, columns = min(rows, len(q)), min(columns, len(k))
-    buffer = q.new_empty(rows * columns)
-    for i in range(0, len(q), rows):
-        down = slice(i, min(i + rows, len(q)))
-        edges = [*range(down.stop if half else 0, len(k), columns), len(k)]
-        spans = [(i, down.stop)] if half else []
-        spans += list(itertools.pairwise(edges))
-        for left, right in spans:
-            if left == right:
-                continue
-            tile = buffer[: (down.stop - i) * (right - left)].view(down.stop - i, right - left)
-            torch.mm(q[down], k[left:right].T, out=tile)
-            yield tile, down, slice(left, right)
-
-
 def _strips(q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tuple[Tensor, slice]]]]:
     """Rows, and all tiles of products in them, side by side in one buffer that is reused."""
     rows, columns = STRIP
@@ -218,105 +156,6 @@ def _strips(q: Tensor, k: Tensor) -> Iterator[tuple[slice, list[tuple[Tensor, sl
         yield down, list(zip(tiles, spans, strict=True))
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    rules: Pairs,
-    *,
-    dot: bool = False,
-    similarity: bool = False,
-    mean_key: bool = False,
-    mirrored: bool = False,
-) -> _State:
-    shift = _bound(q, rules) if mirrored else None
-    state = _new_state(q, dot, similarity, mean_key, shift)
-    by_rule = state.mass if rules.positive != NONE else None
-    sums = state.top, state.total, state.dot, state.similarity, by_rule, state.mean_key
-    with without_autocast(q):
-        for tile, down, across in _tiles(q, k, half=shift is not None):
-            place = tile, down.start, across.start, *rules.arguments()
-            if shift is not None and across.start != down.start:
-                _ops.pairwise_both(*place, state.top, state.total, state.similarity, by_rule)
-                continue
-            _ops.pairwise_rows(*place, *sums, mean_key)
-            if state.mean_key is not None:
-                state.mean_key[down].addmm_(tile, k[across])
-    return state
-
-
-def _new_state(q: Tensor, dot: bool, similarity: bool, mean_key: bool, shift: Tensor | None = None) -> _State:
-    n = len(q)
-    return _State(
-        q.new_full((n,), -math.inf) if shift is None else shift.expand(n).contiguous(),
-        q.new_zeros(n),
-        q.new_zeros(n) if dot else None,
-        q.new_zeros(n) if similarity else None,
-        q.new_zeros(n),
-        torch.zeros_like(q) if mean_key else None,
-        shift,
-    )
-
-
-def _bound(q: Tensor, rules: Pairs) -> Tensor | None:
-    """() what no logit exceeds; None where one shift of all rows could underflow, or asking would stall a device."""
-    if not q.is_cpu:
-        return None
-    bound = torch.linalg.vector_norm(q, dim=1).max().square() * (1.001 * rules.sharpness)  # products are rounded
-    return bound if bound <= (40 if q.dtype == torch.float32 else 300) else None
-
-
-def _log_sum(state: _State) -> Tensor:
-    return torch.where(state.total == 0, -math.inf, state.top + state.total.log())
-
-
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    rules: Pairs,
-    needed: tuple[bool, bool],
-    slopes: tuple[Any, ...],
-    *,
-    mirrored: bool = False,
-    constant: int = 0,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of queries and keys from the tiles' slopes; mirrored, all of it is in the first."""
-    of_q = torch.zeros_like(q) if needed[0] or mirrored else None
-    of_k = torch.zeros_like(k) if needed[1] and not mirrored else None
-    with without_autocast(q):
-        for tile, down, across in _tiles(q, k, half=mirrored):
-            _ops.pairwise_slopes(tile, down.start, across.start, *rules.arguments(), *slopes)
-            _spread(tile, q, k, down, across, of_q, of_q if mirrored else of_k, constant)
-    return of_q, of_k
-
-
-def _spread(
-    tile: Tensor,
-    q: Tensor,
-    k: Tensor,
-    down: slice,
-    across: slice,
-    of_q: Tensor | None,
-    of_k: Tensor | None,
-    constant: int = 0,
-) -> None:
-    """Adds what a tile of slopes gives to both gradients; a tile on the diagonal of one tensor counts once."""
-    if of_q is not None:
-        of_q[down].addmm_(tile, k[across])
-    if of_k is not None and across.stop > constant and not (of_k is of_q and across.start == down.start):
-        of_k[across].addmm_(tile.T, q[down])
-
-
-def _differentiable(
-    plain: Callable[..., Any], inputs: tuple[Tensor, ...], needed: tuple[bool, ...], upstream: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients with a graph of their own, through the plain form."""
-    with torch.enable_grad():
-        found = plain(*inputs)
-        leaves = [x for x, wanted in zip(inputs, needed, strict=False) if wanted]
-        grads = iter(torch.autograd.grad(found, leaves, upstream, create_graph=True))
-    return tuple(next(grads) if wanted else None for wanted in needed)
-
-
 class _Masked(torch.autograd.Function):
     """:func:`masked_sums`."""
 
@@ -328,8 +167,8 @@ class _Masked(torch.autograd.Function):
         ctx.direct = few and ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         queries, keys = q.contiguous(), k.contiguous()
         ctx.mirrored = mirrored and not ctx.direct
-        state = _forward(queries, keys, rules, similarity=True, mean_key=ctx.direct, mirrored=ctx.mirrored)
-        log_sum = _log_sum(state)
+        state = pair_tiles.forward(queries, keys, rules, similarity=True, mean_key=ctx.direct, mirrored=ctx.mirrored)
+        log_sum = pair_tiles.log_sum_of(state)
         ctx.rules, ctx.plain, ctx.bounded = rules, plain, state.shift is not None
         ctx.save_for_backward(q, k, log_sum, state.total, state.top if ctx.bounded else None, state.mean_key)
         ctx.mark_non_differentiable(state.mass)
@@ -340,17 +179,17 @@ class _Masked(torch.autograd.Function):
         q, k, log_sum, total, top, mean_key = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or transformed(*upstream):
-            return *_differentiable(ctx.plain, (q, k), needed, upstream[:2]), None, None, None
+            return *pair_tiles.differentiable(ctx.plain, (q, k), needed, upstream[:2]), None, None, None
         of_sum = torch.where(log_sum == -math.inf, 0, upstream[0]) * ctx.rules.sharpness
         pull = upstream[1].contiguous()
         if ctx.direct:
             grad = mean_key * (of_sum / torch.where(total == 0, 1, total))[:, None]
             return _pulled(grad, k, ctx.rules, pull), *[None] * 4
-        log_sum = _finite(log_sum)
+        log_sum = pair_tiles.finite(log_sum)
         if ctx.bounded:
             of_sum, log_sum = of_sum * (top - log_sum).exp(), top
         slopes = log_sum, of_sum.contiguous(), None, None, 0, pull, ctx.mirrored, ctx.bounded
-        grads = _backward(q.contiguous(), k.contiguous(), ctx.rules, needed, slopes, mirrored=ctx.mirrored)
+        grads = pair_tiles.backward(q.contiguous(), k.contiguous(), ctx.rules, needed, slopes, mirrored=ctx.mirrored)
         return *grads, None, None, None
 
 
@@ -364,12 +203,7 @@ def _pulled(grad: Tensor, k: Tensor, rules: Pairs, pull: Tensor) -> Tensor:
     return grad
 
 
-def _finite(log_sum: Tensor) -> Tensor:
-    """With 0 for rows without a candidate."""
-    return torch.where(log_sum == -math.inf, 0, log_sum)
-
-
-def _mean_of(state: _State) -> Tensor:
+def _mean_of(state: pair_tiles.State) -> Tensor:
     return cast(Tensor, state.dot) / torch.where(state.total == 0, 1, state.total)
 
 
@@ -393,8 +227,8 @@ class _Mean(torch.autograd.Function):
         if emits:
             state, ctx.grads = _Mean.with_gradient(queries, keys, rules, fixed, constant)
         else:
-            state, ctx.grads = _forward(queries, keys, rules, dot=True, mean_key=ctx.direct), None
-        mean, log_sum = _mean_of(state), _log_sum(state)
+            state, ctx.grads = pair_tiles.forward(queries, keys, rules, dot=True, mean_key=ctx.direct), None
+        mean, log_sum = _mean_of(state), pair_tiles.log_sum_of(state)
         ctx.save_for_backward(q, k, log_sum, mean, state.total, state.mean_key)
         ctx.mark_non_differentiable(log_sum)
         return mean, log_sum
@@ -402,21 +236,21 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def with_gradient(
         q: Tensor, k: Tensor, rules: Pairs, fixed: int | None, constant: int
-    ) -> tuple[_State, tuple[Tensor, Tensor]]:
+    ) -> tuple[pair_tiles.State, tuple[Tensor, Tensor]]:
         """The sums, and the gradients of queries and keys where every row weighs 1."""
-        state, of_q, of_k = _new_state(q, True, False, False), torch.zeros_like(q), torch.zeros_like(k)
+        state, of_q, of_k = pair_tiles.new_state(q, True, False, False), torch.zeros_like(q), torch.zeros_like(k)
         sums = state.top, state.total, state.dot, None, None, None, False
         mean, log_sum = q.new_zeros(2, len(q))
         slopes = _mean_slopes(log_sum, torch.ones_like(mean), mean, fixed, rules.sharpness)
         with without_autocast(q):
             for down, tiles in _strips(q, k):
                 for tile, across in tiles:
-                    _ops.pairwise_rows(tile, down.start, across.start, *rules.arguments(), *sums)
+                    pair_tiles.ops.pairwise_rows(tile, down.start, across.start, *rules.arguments(), *sums)
                 strip = state._replace(top=state.top[down], total=state.total[down], dot=cast(Tensor, state.dot)[down])
-                mean[down], log_sum[down] = _mean_of(strip), _finite(_log_sum(strip))
+                mean[down], log_sum[down] = _mean_of(strip), pair_tiles.finite(pair_tiles.log_sum_of(strip))
                 for tile, across in tiles:
-                    _ops.pairwise_slopes(tile, down.start, across.start, *rules.arguments(), *slopes)
-                    _spread(tile, q, k, down, across, of_q, of_k, constant)
+                    pair_tiles.ops.pairwise_slopes(tile, down.start, across.start, *rules.arguments(), *slopes)
+                    pair_tiles.spread(tile, q, k, down, across, of_q, of_k, constant)
         return state, (of_q, of_k)
 
     @staticmethod
@@ -424,7 +258,7 @@ class _Mean(torch.autograd.Function):
         q, k, log_sum, mean, total, mean_key = ctx.saved_tensors
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() or transformed(*upstream):
-            return *_differentiable(ctx.plain, (q, k), needed, upstream[:1]), *[None] * 5
+            return *pair_tiles.differentiable(ctx.plain, (q, k), needed, upstream[:1]), *[None] * 5
         slope = torch.where(total == 0, 0, upstream[0])
         if ctx.direct:
             return mean_key * (slope / torch.where(total == 0, 1, total))[:, None], *[None] * 6
@@ -434,8 +268,8 @@ class _Mean(torch.autograd.Function):
             if bool((upstream[0] == upstream[0][0]).all()):
                 return of_q, ctx.grads[1] * upstream[0][0], *[None] * 5
             needed = False, True
-        slopes = _mean_slopes(_finite(log_sum), slope.contiguous(), mean, ctx.fixed, ctx.rules.sharpness)
-        grads = _backward(q.contiguous(), k.contiguous(), ctx.rules, needed, slopes, constant=ctx.constant)
+        slopes = _mean_slopes(pair_tiles.finite(log_sum), slope.contiguous(), mean, ctx.fixed, ctx.rules.sharpness)
+        grads = pair_tiles.backward(q.contiguous(), k.contiguous(), ctx.rules, needed, slopes, constant=ctx.constant)
         return grads[0] if of_q is None else of_q, grads[1], *[None] * 5
 
 
@@ -448,8 +282,8 @@ class _Sigmoid(torch.autograd.Function):
         ctx.save_for_backward(q, k, bias)
         sums = q.new_zeros(len(q))
         with without_autocast(q):
-            for tile, down, across in _tiles(q.contiguous(), k.contiguous()):
-                _ops.pairwise_sigmoid(tile, down.start, across.start, *rules.arguments(), bias, sums)
+            for tile, down, across in pair_tiles.tiles(q.contiguous(), k.contiguous()):
+                pair_tiles.ops.pairwise_sigmoid(tile, down.start, across.start, *rules.arguments(), bias, sums)
         return sums
 
     @staticmethod
@@ -458,14 +292,14 @@ class _Sigmoid(torch.autograd.Function):
         (upstream,) = grads
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or transformed(upstream):
-            return *_differentiable(ctx.plain, (q, k, bias), needed, (upstream,)), None, None
+            return *pair_tiles.differentiable(ctx.plain, (q, k, bias), needed, (upstream,)), None, None
         of_q, of_k = (torch.zeros_like(x) if wanted else None for x, wanted in zip((q, k), needed, strict=False))
         sums, upstream = q.new_zeros(len(q)), upstream.contiguous()
         queries, keys = q.contiguous(), k.contiguous()
         with without_autocast(q):
-            for tile, down, across in _tiles(queries, keys):
-                _ops.pairwise_sigmoid_slopes(
+            for tile, down, across in pair_tiles.tiles(queries, keys):
+                pair_tiles.ops.pairwise_sigmoid_slopes(
                     tile, down.start, across.start, *ctx.rules.arguments(), bias, upstream, sums
                 )
-                _spread(tile, queries, keys, down, across, of_q, of_k)
+                pair_tiles.spread(tile, queries, keys, down, across, of_q, of_k)
         return of_q, of_k, sums.sum() if needed[2] else None, None, None

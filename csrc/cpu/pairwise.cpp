@@ -1,4 +1,4 @@
-// Operators of the pairwise family; the schemas stand in counterpoise/kernels/pairwise.py, which makes the products.
+// Operators of the pairwise family; the schemas stand in counterpoise/kernels/pair_tiles.py, which makes the products.
 #include "pairwise_problem.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Operators of the pairwise family on a GPU; the schemas stand in counterpoise/kernels/pairwise.py.
+// Operators of the pairwise family on a GPU; the schemas stand in counterpoise/kernels/pair_tiles.py.
 #include "pairwise.cuh"
 
 #include "../cpu/pairwise_problem.h"

@@ -40,15 +40,17 @@ CP_INLINE double exp(double x) { return ::exp(x); }
 CP_INLINE double log(double x) { return ::log(x); }
 
 #if !CP_ON_DEVICE
+// A polynomial in x, the highest coefficient first.
+template <class... Rest>
+CP_INLINE float polynomial(float x, float p, Rest... rest) {
+  ((p = p * x + rest), ...);
+  return p;
+}
+
 // e^r times 2^n, where n + 127 stands in the low bits of `shifted`, for |r| <= ln 2 / 2. 0 for n = -127.
 CP_INLINE float exp_of_remainder(float r, float shifted) {
-  float p = 0.0013814527774229646f;
-  p = p * r + 0.008368744514882565f;
-  p = p * r + 0.04166839271783829f;
-  p = p * r + 0.1666652113199234f;
-  p = p * r + 0.4999999403953552f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  const float p = polynomial(r, 0.0013814527774229646f, 0.008368744514882565f, 0.04166839271783829f,
+                             0.1666652113199234f, 0.4999999403953552f, 1.0f, 1.0f);
   return p * __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, shifted) << 23);
 }
 
@@ -103,15 +105,8 @@ CP_INLINE LogReciprocal<float> log1p_unit(float x) {
 #if CP_ON_DEVICE
   return {::log1pf(x), 1.0f / (1.0f + x)};
 #else
-  float p = 0.005364819f;
-  p = p * x - 0.030065773f;
-  p = p * x + 0.07920451f;
-  p = p * x - 0.137538f;
-  p = p * x + 0.19153655f;
-  p = p * x - 0.24857163f;
-  p = p * x + 0.33321324f;
-  p = p * x - 0.49999648f;
-  p = p * x + 1.0f;
+  const float p = polynomial(x, 0.005364819f, -0.030065773f, 0.07920451f, -0.137538f, 0.19153655f, -0.24857163f,
+                             0.33321324f, -0.49999648f, 1.0f);
   return {x * p, 1.0f / (1.0f + x)};
 #endif
 }
@@ -126,15 +121,8 @@ CP_INLINE float log_of_normal(float x) {
   const float n = static_cast<float>(static_cast<int32_t>(bits) >> 23);
   const float m = __builtin_bit_cast(float, (bits & 0x007fffffu) + 0x3f3504f3u);
   const float r = m - 1.0f;
-  float p = 0.08734846f;
-  p = p * r - 0.14307527f;
-  p = p * r + 0.14917974f;
-  p = p * r - 0.16570507f;
-  p = p * r + 0.19962072f;
-  p = p * r - 0.25001755f;
-  p = p * r + 0.3333395f;
-  p = p * r - 0.4999999f;
-  p = p * r + 1.0f;
+  const float p = polynomial(r, 0.08734846f, -0.14307527f, 0.14917974f, -0.16570507f, 0.19962072f, -0.25001755f,
+                             0.3333395f, -0.4999999f, 1.0f);
   return n * 0.693359375f + (p * r - n * 2.12194440e-4f);
 #endif
 }

@@ -30,7 +30,7 @@ from counterpoise.contrastive.info_nce import (
     same_class,
     same_label,
 )
-from counterpoise.kernels import pair_rules, pairwise
+from counterpoise.kernels import pair_rules, pair_tiles, pairwise
 from counterpoise.memory import MemoryBank
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ ROWS, KEYS, WIDTH = 41, 67, 9
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairwise, "SMALL", 0)
-    monkeypatch.setitem(pairwise.TILES, "cpu", (16, 24))
+    monkeypatch.setitem(pair_tiles.TILES, "cpu", (16, 24))
     monkeypatch.setattr(pairwise, "STRIP", (15, 32))
     monkeypatch.setattr(pairwise, "WIDEST_STRIP", 3)
 
@@ -357,7 +357,7 @@ def test_compiled_as_a_whole() -> None:
 
 
 def test_the_same_bits_with_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pairwise.TILES, "cpu", (256, 1024))
+    monkeypatch.setitem(pair_tiles.TILES, "cpu", (256, 1024))
     z = torch.randn(1100, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(1100) % 13
     found = []
